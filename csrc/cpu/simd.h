@@ -1,0 +1,120 @@
+// One vector type per instruction set, and the few operations that compilers do not find alone.
+//
+// `Vec<T>` is a GCC/Clang vector of the widest register this file is compiled for, so +, -, *,
+// <, ?: work on it as on a scalar. The build compiles every kernel once per instruction set
+// (see setup.py); nothing here branches at run time.
+//
+// The build passes -ffp-contract=off: a product and a sum are fused exactly where fma() is
+// written. Results then do not depend on what a compiler chose to contract.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pyvit {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline Vec<float> broadcast(float x) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_set1_ps(x);
+#else
+  return x - Vec<float>{};  // minus, since 0 + -0.0 would lose the sign
+#endif
+}
+
+inline Vec<double> broadcast(double x) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_set1_pd(x);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_set1_pd(x);
+#else
+  return x - Vec<double>{};
+#endif
+}
+
+// a * b + c, rounded once where the instruction set can.
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Sum of the lanes, always in the same order (halves added together).
+template <class T>
+inline T reduce_add(Vec<T> v) {
+  T lane[kLanes<T>];
+  store(lane, v);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// Copies n elements; n is small and often shorter than a vector (a run of an image row).
+inline void copy_run(float* dst, const float* src, int64_t n) {
+#if defined(__AVX512F__)
+  for (; n >= 16; n -= 16, dst += 16, src += 16) _mm512_storeu_ps(dst, _mm512_loadu_ps(src));
+  if (n > 0) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+    _mm512_mask_storeu_ps(dst, mask, _mm512_maskz_loadu_ps(mask, src));
+  }
+#elif defined(__AVX2__)
+  for (; n >= 8; n -= 8, dst += 8, src += 8) _mm256_storeu_ps(dst, _mm256_loadu_ps(src));
+  if (n >= 4) {
+    _mm_storeu_ps(dst, _mm_loadu_ps(src));
+    n -= 4, dst += 4, src += 4;
+  }
+  for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
+#else
+  for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
+#endif
+}
+
+}  // namespace pyvit

@@ -1,0 +1,57 @@
+"""The ``pyvit`` op library: what each op file shares in registering and calling its kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyvit import _native
+
+# Kept for the life of the process: dropping it would take the schemas away.
+_LIBRARY = torch.library.Library("pyvit", "FRAGMENT")
+
+
+def define(schema: str) -> None:
+    """Declare ``pyvit::<schema>``. The kernels come from C++ (CPU) or Triton (CUDA).
+
+    ``pt2_compliant_tag``: torch.compile may trace it; `needs_fixed_stride_order` is implied
+    for custom ops, so a compiled caller hands over strides as eager would.
+    """
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def fake(name: str):
+    """Decorator that registers the shape function of ``pyvit::<name>``."""
+    return torch.library.register_fake(f"pyvit::{name}", lib=_LIBRARY)
+
+
+def require_kernels(op: str, value: Tensor) -> None:
+    """Raise, naming the way out, where no kernel of ours can take ``value``'s device."""
+    device = value.device.type
+    if device == "cpu":
+        if _native.loaded_isa is None:
+            raise NotImplementedError(
+                f"pyvit.{op}: the CPU kernels are not available ({_native.load_problem}); "
+                "`python -m pyvit info` says more"
+            )
+    elif device != "meta":
+        raise NotImplementedError(
+            f"pyvit.{op}: no kernel for device '{device}' is built; move the tensors to the "
+            "CPU with .cpu(); `python -m pyvit info` lists the kernels this installation has"
+        )
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast floating tensors as ``F.conv2d`` and SDPA do where autocast is on; else unchanged."""
+    first = next(t for t in tensors if t is not None)
+    device = first.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        # float64 is left alone, as torch's own autocast leaves it.
+        t.to(dtype)
+        if t is not None and t.is_floating_point() and t.dtype is not torch.float64
+        else t
+        for t in tensors
+    )

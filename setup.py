@@ -1,0 +1,211 @@
+"""Builds pyvit's compiled parts.
+
+Three kinds of files come out of csrc/:
+
+* ``pyvit/_cpu_<isa>.so``: the CPU kernels and their registration with torch, compiled once per
+  instruction set against LibTorch's stable ABI, so that one build runs on torch 2.11 and later.
+  ``pyvit/_native.py`` loads the best one that the machine can run.
+* ``pyvit/_C``: a pybind11 module without torch: build information and CPU features.
+
+Environment: ``CXX`` names the compiler, ``MAX_JOBS`` limits parallel compilations,
+``PYVIT_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+TORCH_MINIMUM = (2, 11)
+TORCH_TARGET_VERSION = "0x020b000000000000"
+
+INSTRUCTION_SETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    ],
+}
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+BUILT_SETS = list(INSTRUCTION_SETS) if IS_X86 else ["baseline"]
+
+
+def stop(problem: str, remedy: str) -> None:
+    sys.exit(f"\npyvit cannot be built: {problem}\n  To mend it: {remedy}\n")
+
+
+def find_compiler() -> str:
+    named = os.environ.get("CXX")
+    for candidate in [named] if named else ["c++", "g++", "clang++"]:
+        if shutil.which(shlex.split(candidate)[0]):
+            return candidate
+    stop(
+        f"no C++ compiler ({'CXX=' + named if named else 'c++, g++ or clang++'}) was found",
+        "apt-get install g++   (Debian, Ubuntu), or set CXX to the compiler's path",
+    )
+
+
+def find_torch():
+    try:
+        import torch
+    except ImportError:
+        stop(
+            "torch is not installed in the environment that builds",
+            "pip install 'torch>=2.11', then pip install --no-build-isolation .",
+        )
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < TORCH_MINIMUM:
+        stop(
+            f"torch {torch.__version__} is too old; 2.11 or later has the ABI that pyvit uses",
+            "pip install --upgrade 'torch>=2.11'",
+        )
+    return torch
+
+
+def python_include() -> str:
+    include = sysconfig.get_paths()["include"]
+    if not (Path(include) / "Python.h").exists():
+        stop(f"Python.h is not in {include}", "apt-get install python3-dev   (Debian, Ubuntu)")
+    return include
+
+
+def pybind11_include() -> str:
+    try:
+        import pybind11
+    except ImportError:
+        stop("pybind11 is not installed", "pip install pybind11")
+    return pybind11.get_include()
+
+
+def ninja_program() -> str:
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        program = shutil.which("ninja")
+        if program is None:
+            stop("ninja is not installed", "pip install ninja")
+        return program
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja for all libraries and runs it: parallel, and incremental."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # Kernel libraries are no Python modules: torch loads them, for any Python version.
+        if fullname.split(".")[-1].startswith("_cpu_"):
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def run(self) -> None:
+        self.torch = find_torch()
+        self.cxx = find_compiler()
+        self.build_directory = ROOT / "build" / ("sanitize" if sanitize() else "native")
+        self.build_directory.mkdir(parents=True, exist_ok=True)
+        super().run()
+
+    def build_extensions(self) -> None:
+        lines = self.rules()
+        for extension in self.extensions:
+            lines += self.edges(extension)
+        (self.build_directory / "build.ninja").write_text("\n".join(lines) + "\n")
+        command = [ninja_program(), "-C", str(self.build_directory)]
+        if jobs := os.environ.get("MAX_JOBS"):
+            command += ["-j", jobs]
+        if subprocess.run(command).returncode != 0:
+            stop(
+                "a compilation failed (the compiler's message is above)",
+                "use g++ 11 or later, or clang++ 14 or later (set CXX), and a torch >= 2.11 "
+                "whose headers are complete (pip install --force-reinstall torch)",
+            )
+
+    def rules(self) -> list[str]:
+        flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
+        # Products and sums fuse where simd::fma says so and nowhere else: see csrc/cpu/simd.h.
+        flags += ["-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
+        link = []
+        if sanitize():
+            flags += ["-g", "-O1", "-fno-omit-frame-pointer"]
+            flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+            link += ["-fsanitize=address,undefined"]
+        torch_root = Path(self.torch.__file__).parent
+        includes = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]
+        torch_flags = [f"-isystem {i}" for i in includes]
+        torch_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{ROOT / 'csrc'}"]
+        python_flags = [f"-isystem {python_include()}", f"-isystem {pybind11_include()}"]
+        sets = ",".join(BUILT_SETS)
+        python_flags += [
+            f'-DPYVIT_BUILT_SETS=\\"{sets}\\"',
+            f'-DPYVIT_TORCH_VERSION=\\"{self.torch.__version__}\\"',
+            f"-DPYVIT_SANITIZED={int(sanitize())}",
+        ]
+        return [
+            f"cxx = {self.cxx}",
+            f"flags = {' '.join(flags)}",
+            f"torch_flags = {' '.join(torch_flags)}",
+            f"python_flags = {' '.join(python_flags)}",
+            f"torch_link = -L{torch_root / 'lib'} -ltorch_cpu",
+            "rule compile",
+            "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = $cxx -shared {' '.join(link)} $in -o $out $extra",
+        ]
+
+    def edges(self, extension: Extension) -> list[str]:
+        isa = extension.name.rpartition("_cpu_")[2] if "_cpu_" in extension.name else None
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines, objects = [], []
+        for source in map(Path, extension.sources):
+            for_isa = isa is not None and source.parent.name == "cpu"
+            folder = isa if for_isa else "common"
+            compiled = self.build_directory / folder / source.with_suffix(".o").name
+            if isa is None:
+                extra = "$python_flags"
+            else:
+                extra = "$torch_flags " + (" ".join(INSTRUCTION_SETS[isa]) if for_isa else "")
+            objects.append(str(compiled))
+            if compiled not in self.declared:
+                self.declared.add(compiled)
+                lines += [f"build {compiled}: compile {ROOT / source}", f"  extra = {extra}"]
+        lines += [f"build {target}: link {' '.join(objects)}"]
+        lines += [f"  extra = {'$torch_link' if isa else ''}"]
+        return lines
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.declared: set[Path] = set()
+
+
+def sanitize() -> bool:
+    return os.environ.get("PYVIT_SANITIZE") == "1"
+
+
+def sources(folder: str, *, without: tuple[str, ...] = ()) -> list[str]:
+    found = sorted((ROOT / "csrc" / folder).glob("*.cpp"))
+    return [str(f.relative_to(ROOT)) for f in found if f.name not in without]
+
+
+python_module = "python_module.cpp"
+kernel_sources = sources("cpu") + sources("bindings", without=(python_module,))
+setup(
+    ext_modules=[
+        Extension("pyvit._C", [f"csrc/bindings/{python_module}"]),
+        *(Extension(f"pyvit._cpu_{isa}", kernel_sources) for isa in BUILT_SETS),
+    ],
+    cmdclass={"build_ext": NinjaBuild},
+)
