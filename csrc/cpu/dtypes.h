@@ -27,6 +27,19 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
+enum class DType { f64, f32, bf16, f16 };
+
+// f(S{}) with the storage type that `dtype` names.
+template <class F>
+void dispatch(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bfloat16{});
+    case DType::f16: return f(float16{});
+  }
+}
+
 inline uint32_t float_bits(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);

@@ -150,43 +150,4 @@ struct BlockGrid {
   int64_t width(int64_t task) const { return std::min(nb, N - n0(task)); }
 };
 
-// ---- packers for plain matrices -----------------------------------------------------------
-
-// pack_a from rows that are contiguous along k.
-template <class T, class S>
-void pack_rows(T* dst, const S* src, int64_t row_stride, int64_t rows, int64_t kb);
-
-// pack_b from rows of B that are contiguous along n: src[k * row_stride + j].
-template <class T, class RowFunction>
-void pack_strips(T* dst, int64_t kb, int64_t nb, const RowFunction& copy_row) {
-  // copy_row(T* dst, k, j, count): B[k, j : j+count]
-  constexpr int NR = Panel<T>::NR;
-  for (int64_t j = 0; j < nb; j += NR, dst += kb * NR) {
-    const int64_t count = std::min<int64_t>(NR, nb - j);
-    for (int64_t k = 0; k < kb; ++k) {
-      T* row = dst + k * NR;
-      copy_row(row, k, j, count);
-      for (int64_t i = count; i < NR; ++i) row[i] = T(0);
-    }
-  }
-}
-
-// pack_b from columns of B that are contiguous along k (a transposition):
-// copy_column(T* dst, j) writes B[0:kb, j]; `column` is scratch of kb elements.
-template <class T, class ColumnFunction>
-void pack_strips_transposed(T* dst, int64_t kb, int64_t nb, const ColumnFunction& column) {
-  // column(j) -> element access k -> B[k, j]
-  constexpr int NR = Panel<T>::NR;
-  for (int64_t j = 0; j < nb; j += NR, dst += kb * NR) {
-    const int64_t count = std::min<int64_t>(NR, nb - j);
-    for (int64_t i = 0; i < NR; ++i) {
-      if (i < count) {
-        column(dst + i, j + i);  // writes with stride NR
-      } else {
-        for (int64_t k = 0; k < kb; ++k) dst[k * NR + i] = T(0);
-      }
-    }
-  }
-}
-
 }  // namespace pyvit
