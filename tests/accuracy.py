@@ -35,3 +35,17 @@ def assert_as_accurate(
     bar = factor * max_error(theirs, truth) + one_ulp(ours.dtype, truth)
     error = max_error(ours, truth)
     assert error <= bar, f"{name}: error {error:.3g} above the bar {bar:.3g} ({factor} x PyTorch's)"
+
+
+def assert_within_rounding(
+    ours: Tensor, truth: Tensor, magnitude: Tensor, terms: int, name: str = "result"
+) -> None:
+    """For float64, where PyTorch's result is the truth: both are sums of ``terms`` products.
+
+    A sum of n products in any order errs by at most n · eps/2 · Σ|products| to first order, and
+    the truth was summed so too. ``magnitude`` is Σ|products|: the same op on absolute values.
+    """
+    assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)} for {tuple(truth.shape)}"
+    bar = (terms + 1) * torch.finfo(ours.dtype).eps * magnitude.abs()
+    excess = ((ours - truth).abs() - bar).max() if ours.numel() else torch.tensor(0.0)
+    assert bool(excess <= 0), f"{name}: error exceeds the rounding of {terms} products"

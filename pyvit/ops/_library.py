@@ -12,11 +12,7 @@ _LIBRARY = torch.library.Library("pyvit", "FRAGMENT")
 
 
 def define(schema: str) -> None:
-    """Declare ``pyvit::<schema>``. The kernels come from C++ (CPU) or Triton (CUDA).
-
-    ``pt2_compliant_tag``: torch.compile may trace it; `needs_fixed_stride_order` is implied
-    for custom ops, so a compiled caller hands over strides as eager would.
-    """
+    """Declare ``pyvit::<schema>``, an op that torch.compile may trace."""
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -45,7 +41,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating tensors as ``F.conv2d`` and SDPA do where autocast is on; else unchanged."""
     first = next(t for t in tensors if t is not None)
     device = first.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -38,9 +38,7 @@ def _(x, weight, bias, stride, padding, dilation, groups, channels_last):
         for axis in range(2)
     ]
     size = (x.shape[0], weight.shape[0], *extents)
-    return torch.empty(
-        size, dtype=x.dtype, device=x.device, memory_format=_format(channels_last)
-    )
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_format(channels_last))
 
 
 @_library.fake("conv2d_input_grad")
@@ -96,9 +94,7 @@ class _InputGrad(torch.autograd.Function):
         wants_grad, wants_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(grad if wants_weight else None, weight if wants_grad else None)
         ctx.weight_size, ctx.weight_last = tuple(weight.shape), _is_channels_last(weight)
-        return torch.ops.pyvit.conv2d_input_grad(
-            grad, weight, input_size, *geometry, channels_last
-        )
+        return torch.ops.pyvit.conv2d_input_grad(grad, weight, input_size, *geometry, channels_last)
 
     @staticmethod
     def backward(ctx, grad_of_result):
@@ -249,8 +245,13 @@ def conv2d(
     groups = _checks.integer(op, "groups", groups, minimum=1)
     out_channels, channels_per_group, *kernel = weight.shape
     if min(kernel) < 1 or channels_per_group < 1:
-        _checks.fail(ValueError, op, "weight", "without empty dimensions but the first",
-                     _checks.shape_of(weight))
+        _checks.fail(
+            ValueError,
+            op,
+            "weight",
+            "without empty dimensions but the first",
+            _checks.shape_of(weight),
+        )
     padding = _padding(padding, kernel, stride, dilation)
     if x.shape[-3] != channels_per_group * groups:
         wanted = f"an image of {channels_per_group * groups} channels (weight's × groups)"

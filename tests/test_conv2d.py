@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate, assert_within_rounding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory import peak_extra_bytes
+
+from pyvit.ops import conv2d
+from pyvit.reference.conv2d import conv2d as reference_conv2d
+
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+# batch, in channels, height, width, out channels, kernel, stride, padding, dilation, groups
+SHAPES = {
+    "3x3": (2, 3, 9, 11, 5, 3, 1, 1, 1, 1),
+    "stem": (2, 3, 32, 33, 64, 7, 2, 3, 1, 1),
+    "pointwise": (1, 8, 16, 16, 40, 1, 1, 0, 1, 1),
+    "pointwise-strided": (2, 5, 8, 9, 6, 1, 2, 0, 1, 1),
+    "strided-groups": (2, 4, 9, 7, 6, 3, 2, 1, 1, 2),
+    "all-different": (3, 6, 13, 10, 12, (3, 5), (2, 3), (1, 2), (2, 1), 3),
+    "depthwise": (2, 8, 9, 9, 8, 3, 1, 1, 1, 8),
+    "depthwise-doubled": (2, 8, 9, 9, 16, 3, 2, 1, 1, 8),
+    "stride-beyond-kernel": (2, 5, 8, 8, 6, 2, 3, 0, 1, 1),
+    "patchify": (2, 3, 16, 16, 300, 4, 4, 0, 1, 1),
+    "small-image": (5, 17, 7, 7, 70, 3, 1, 1, 1, 1),
+    "one-pixel": (3, 4, 1, 1, 9, 1, 1, 0, 1, 1),
+    "all-padding": (2, 3, 1, 1, 9, 3, 1, 1, 1, 1),
+    "wide-padding": (1, 2, 4, 4, 3, 3, 1, 5, 1, 1),
+    "deep": (1, 70, 6, 6, 8, 3, 1, 1, 1, 1),
+    "blocks": (1, 4, 24, 24, 300, 3, 1, 1, 1, 1),
+    "one-row": (2, 3, 1, 40, 4, (1, 5), 1, (0, 2), 1, 1),
+    "dilated": (2, 4, 15, 15, 4, 3, 2, 4, 4, 1),
+}
+
+
+def tensors(shape, dtype, memory_format=torch.contiguous_format):
+    batch, channels, height, width, out, kernel, *_, groups = shape
+    kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    x = torch.randn(batch, channels, height, width).to(dtype)
+    weight = torch.randn(out, channels // groups, *kernel).to(dtype)
+    return x.contiguous(memory_format=memory_format), weight, torch.randn(out).to(dtype)
+
+
+def with_gradients(function, arguments, geometry, grad):
+    leaves = [a.detach().clone(memory_format=torch.preserve_format) for a in arguments]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = function(*leaves, *geometry)
+    return (y.detach(), *torch.autograd.grad(y, leaves, grad))
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_accurate_as_torch(shape, dtype, memory_format):
+    geometry = SHAPES[shape][6:]
+    arguments = tensors(SHAPES[shape], dtype, FORMATS[memory_format])
+    exact = [a.double() for a in arguments]
+    grad = torch.randn_like(F.conv2d(*exact, *geometry)).to(dtype)
+    truth = with_gradients(F.conv2d, exact, geometry, grad.double())
+    theirs = with_gradients(F.conv2d, arguments, geometry, grad)
+    ours = with_gradients(conv2d, arguments, geometry, grad)
+    if dtype is torch.float64:
+        absolute = with_gradients(F.conv2d, [a.abs() for a in exact], geometry, grad.abs())
+        terms = max(exact[1][0].numel(), exact[1][:, 0].numel(), grad[:, 0].numel())
+        for name, *values in zip(("y", "dx", "dweight", "dbias"), ours, truth, absolute):
+            assert_within_rounding(*values, terms, name)
+        return
+    assert_as_accurate(ours[0], theirs[0], truth[0], 2, "y")
+    for name, *values in zip(("dx", "dweight", "dbias"), ours[1:], theirs[1:], truth[1:]):
+        assert_as_accurate(*values, 3, name)
+
+
+def test_reference_is_convolution():
+    for shape in ("3x3", "strided-groups", "all-different"):
+        arguments = tensors(SHAPES[shape], torch.float64)
+        geometry = SHAPES[shape][6:]
+        torch.testing.assert_close(
+            reference_conv2d(*arguments, *geometry), F.conv2d(*arguments, *geometry)
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_geometry(data):
+    small = st.integers(1, 3)
+    groups = data.draw(small)
+    batch = data.draw(st.integers(0, 3))
+    channels, out = groups * data.draw(small), groups * data.draw(st.integers(1, 12))
+    kernel, stride, dilation = ((data.draw(small), data.draw(small)) for _ in range(3))
+    padding = (data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3)))
+    size = [
+        max(1, d * (k - 1) + 1 - 2 * p) + data.draw(st.integers(0, 9))
+        for k, d, p in zip(kernel, dilation, padding)
+    ]
+    shape = (batch, channels, *size, out, kernel, stride, padding, dilation, groups)
+    arguments = tensors(shape, torch.float64, data.draw(st.sampled_from(list(FORMATS.values()))))
+    geometry = shape[6:]
+    grad = torch.randn_like(F.conv2d(*arguments, *geometry))
+    ours = with_gradients(conv2d, arguments, geometry, grad)
+    theirs = with_gradients(F.conv2d, arguments, geometry, grad)
+    for mine, other in zip(ours, theirs):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [(2, 3), (4, 1), (5, 2)])
+def test_padding_by_name(padding, kernel):
+    x = torch.randn(2, 3, 11, 12, dtype=torch.float64)
+    weight = torch.randn(4, 3, *kernel, dtype=torch.float64)
+    for dilation in (1, 2):
+        torch.testing.assert_close(
+            conv2d(x, weight, padding=padding, dilation=dilation),
+            F.conv2d(x, weight, padding=padding, dilation=dilation),
+        )
+
+
+def test_one_image_without_batch():
+    x, weight = torch.randn(3, 8, 8), torch.randn(4, 3, 3, 3)
+    torch.testing.assert_close(conv2d(x, weight), F.conv2d(x, weight))
+
+
+def test_empty_batch():
+    x = torch.randn(0, 3, 8, 8, requires_grad=True)
+    weight, bias = torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True)
+    y = conv2d(x, weight, bias)
+    assert y.shape == (0, 4, 6, 6)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any() and not bias.grad.any()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_output_format_follows_torch(memory_format):
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=FORMATS[memory_format])
+    weight = torch.randn(4, 3, 3, 3)
+    x.requires_grad_()
+    assert conv2d(x, weight).stride() == F.conv2d(x, weight).stride()
+    (grad,) = torch.autograd.grad(conv2d(x, weight).sum(), x)
+    assert grad.stride() == x.stride()
+
+
+@pytest.mark.accuracy
+def test_strided_inputs():
+    big = torch.randn(4, 8, 20, 22)
+    views = {
+        "slice": big[1:3, 2:5, 3:12, 4:15],
+        "step": big[:2, ::2, ::2, ::2],
+        "transposed": big[:2, :3].transpose(2, 3),
+        "flipped batch": big.permute(1, 0, 2, 3)[:, :3],
+        "expanded": big[:1, :3].expand(3, -1, -1, -1),
+        "channels_last slice": big.contiguous(memory_format=torch.channels_last)[:, 1:4, 1:],
+    }
+    weights = {
+        "slice": torch.randn(10, 6, 5, 5)[2:7, 1:4, 1:4, :3],
+        "transposed": torch.randn(3, 5, 3, 3).transpose(0, 1),
+        "channels_last": torch.randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last),
+    }
+    bias = torch.randn(10)[::2]
+    for x in views.values():
+        for weight in weights.values():
+            channels = x.shape[1]
+            w = weight[:, :1].expand(-1, channels, -1, -1) if channels != 3 else weight
+            exact = (x.double(), w.double(), bias.double())
+            grad = torch.randn_like(F.conv2d(*exact, 1, 1))
+            truth = with_gradients(F.conv2d, exact, (1, 1), grad)
+            theirs = with_gradients(F.conv2d, (x, w, bias), (1, 1), grad.float())
+            ours = with_gradients(conv2d, (x, w, bias), (1, 1), grad.float())
+            for name, *values in zip(("y", "dx", "dweight", "dbias"), ours, theirs, truth):
+                assert_as_accurate(*values, 3, name)
+
+
+def test_strided_gradient():
+    """A gradient that arrives expanded or transposed is read through its strides."""
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    for grad in (
+        torch.randn(1, 1, 1, 1, dtype=torch.float64).expand(2, 9, 8, 8),
+        torch.randn(8, 8, 9, 2, dtype=torch.float64).permute(3, 2, 1, 0),
+    ):
+        ours = torch.autograd.grad(conv2d(x, weight, padding=1), (x, weight), grad)
+        theirs = torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), grad)
+        for mine, other in zip(ours, theirs):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("value", [1e30, 1e-30])
+def test_huge_and_tiny_values(value):
+    x = torch.randn(1, 3, 8, 8) * value
+    weight = torch.randn(4, 3, 3, 3)
+    truth = F.conv2d(x.double(), weight.double())
+    assert_as_accurate(conv2d(x, weight), F.conv2d(x, weight), truth, 2)
+
+
+def test_nan_stays_where_it_is_read():
+    x = torch.randn(3, 4, 9, 9)
+    x[1, 2, 4, 4] = float("nan")
+    for memory_format in FORMATS.values():
+        y = conv2d(x.contiguous(memory_format=memory_format), torch.randn(5, 4, 3, 3), padding=1)
+        expected = torch.zeros(3, 5, 9, 9, dtype=torch.bool)
+        expected[1, :, 3:6, 3:6] = True
+        assert torch.equal(y.isnan(), expected)
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", ["stem", "small-image", "strided-groups", "depthwise", "deep"])
+def test_repeatable_and_batch_invariant(shape, memory_format):
+    geometry = SHAPES[shape][6:]
+    x, weight, bias = tensors((7, *SHAPES[shape][1:]), torch.float32, FORMATS[memory_format])
+    grad = torch.randn_like(F.conv2d(x, weight, bias, *geometry))
+    grad = grad.contiguous(memory_format=FORMATS[memory_format])
+    first = with_gradients(conv2d, (x, weight, bias), geometry, grad)
+    for _ in range(3):
+        again = with_gradients(conv2d, (x, weight, bias), geometry, grad)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = with_gradients(conv2d, (x, weight, bias), geometry, grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], alone[:3])), "depends on threads"
+    for i in range(7):
+        one = slice(i, i + 1)
+        y, dx, *_ = with_gradients(conv2d, (x[one], weight, bias), geometry, grad[one])
+        assert torch.equal(y, first[0][one])
+        assert torch.equal(dx, first[1][one])
+
+
+def test_gradcheck():
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+
+    def convolve(x, weight, bias):
+        return conv2d(x, weight, bias, (2, 1), (1, 2), (1, 2), 2)
+
+    assert torch.autograd.gradcheck(convolve, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(convolve, (x, weight, bias))
+
+
+def test_only_wanted_gradients_cost():
+    """For the image's gradient alone the image is not kept, nor is the weight's gradient taken."""
+    kept = []
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = conv2d(x, weight)
+    assert [t.shape for t in kept] == [weight.shape]
+    with torch.profiler.profile() as profile:
+        y.sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "pyvit::conv2d_input_grad" in names
+    assert "pyvit::conv2d_weight_grad" not in names
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck(channels_last):
+    x, weight, bias = tensors(SHAPES["strided-groups"], torch.float32)
+    geometry = ([2, 2], [1, 1, 1, 1], [1, 1], 2, channels_last)
+    operations = torch.ops.pyvit
+    torch.library.opcheck(operations.conv2d.default, (x, weight, bias, *geometry))
+    y = operations.conv2d(x, weight, bias, *geometry)
+    arguments = (y, weight, list(x.shape), *geometry)
+    torch.library.opcheck(operations.conv2d_input_grad.default, arguments)
+    arguments = (y, x, list(weight.shape), *geometry)
+    torch.library.opcheck(operations.conv2d_weight_grad.default, arguments)
+
+
+def test_compile():
+    x, weight, bias = tensors(SHAPES["3x3"], torch.float32)
+
+    def loss(x, weight, bias):
+        return conv2d(x, weight, bias, padding="same").relu().square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    results = []
+    for function in (loss, compiled):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        value = function(*leaves)
+        results.append((value, *torch.autograd.grad(value, leaves)))
+    for eager, graph in zip(*results):
+        torch.testing.assert_close(graph, eager)
+
+
+def test_autocast_casts_as_torch_does():
+    x, weight, bias = tensors(SHAPES["3x3"], torch.float32)
+    weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = conv2d(x, weight, bias), F.conv2d(x, weight, bias)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    ours.sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_meta_tensors():
+    y = conv2d(torch.empty(2, 3, 8, 8, device="meta"), torch.empty(4, 3, 3, 3, device="meta"))
+    assert y.shape == (2, 4, 6, 6) and y.device.type == "meta"
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_no_column_matrix_in_memory(memory_format):
+    """Peak memory of forward and backward: results, and at most 2 MB a thread."""
+    threads = 2
+    setup = f"""
+        from pyvit.ops import conv2d
+        x = torch.randn(8, 64, 56, 56).contiguous(memory_format={FORMATS[memory_format]})
+        weight = torch.randn(64, 64, 3, 3)
+        # The same code on a small input: threads started, libraries paged in.
+        a, b = x[:1, :, :8, :8].clone().requires_grad_(), weight.clone().requires_grad_()
+        torch.autograd.grad(conv2d(a, b, padding=1), (a, b), torch.ones(1, 64, 8, 8))
+        grad = torch.randn(8, 64, 56, 56).contiguous(memory_format={FORMATS[memory_format]})
+        x.requires_grad_(), weight.requires_grad_()
+    """
+    work = """
+        y = conv2d(x, weight, padding=1)
+        results = torch.autograd.grad(y, (x, weight), grad)
+    """
+    results = (2 * 8 * 64 * 56 * 56 + 64 * 64 * 9) * 4
+    extra = peak_extra_bytes(setup, work, threads) - results
+    assert extra <= threads * 2**21, f"{extra / 2**20:.1f} MB"  # the column matrix: 58 MB
+
+
+BAD_CALLS = {
+    "x is a list": (TypeError, "x", dict(x=[1.0])),
+    "x of integers": (TypeError, "x", dict(x=torch.zeros(1, 3, 8, 8, dtype=torch.int64))),
+    "x complex": (TypeError, "x", dict(x=torch.zeros(1, 3, 8, 8, dtype=torch.complex64))),
+    "x of 2 dimensions": (ValueError, "x", dict(x=torch.zeros(8, 8))),
+    "x of 5 dimensions": (ValueError, "x", dict(x=torch.zeros(1, 1, 3, 8, 8))),
+    "x sparse": (NotImplementedError, "x", dict(x=torch.zeros(1, 3, 8, 8).to_sparse())),
+    "x of other channels": (ValueError, "x", dict(x=torch.zeros(1, 4, 8, 8))),
+    "x too small": (ValueError, "x", dict(x=torch.zeros(1, 3, 2, 8))),
+    "x too narrow": (ValueError, "x", dict(x=torch.zeros(1, 3, 8, 2))),
+    "weight missing": (TypeError, "weight", dict(weight=None)),
+    "weight of 3 dimensions": (ValueError, "weight", dict(weight=torch.zeros(4, 3, 3))),
+    "weight of another dtype": (TypeError, "weight", dict(weight=torch.zeros(4, 3, 3, 3).double())),
+    "weight on another device": (
+        ValueError,
+        "weight",
+        dict(weight=torch.zeros(4, 3, 3, 3, device="meta")),
+    ),
+    "weight without rows": (ValueError, "weight", dict(weight=torch.zeros(4, 3, 0, 3))),
+    "bias of another length": (ValueError, "bias", dict(bias=torch.zeros(5))),
+    "bias of 2 dimensions": (ValueError, "bias", dict(bias=torch.zeros(1, 4))),
+    "bias of another dtype": (TypeError, "bias", dict(bias=torch.zeros(4).half())),
+    "bias is a number": (TypeError, "bias", dict(bias=0.5)),
+    "stride 0": (ValueError, "stride", dict(stride=0)),
+    "stride of one half": (TypeError, "stride", dict(stride=0.5)),
+    "stride of three": (ValueError, "stride", dict(stride=(1, 1, 1))),
+    "stride is True": (TypeError, "stride", dict(stride=True)),
+    "padding negative": (ValueError, "padding", dict(padding=-1)),
+    "padding by a wrong name": (ValueError, "padding", dict(padding="full")),
+    "padding is None": (TypeError, "padding", dict(padding=None)),
+    "same with a stride": (ValueError, "stride", dict(padding="same", stride=2)),
+    "dilation 0": (ValueError, "dilation", dict(dilation=(1, 0))),
+    "dilation too wide": (ValueError, "x", dict(dilation=4)),
+    "groups 0": (ValueError, "groups", dict(groups=0)),
+    "groups not a divisor": (ValueError, "groups", dict(groups=3, x=torch.zeros(1, 9, 8, 8))),
+    "groups of one half": (TypeError, "groups", dict(groups=0.5)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_name_the_argument(case):
+    error, argument, changed = BAD_CALLS[case]
+    arguments = dict(x=torch.zeros(1, 3, 8, 8), weight=torch.zeros(4, 3, 3, 3)) | changed
+    with pytest.raises(error, match=rf"pyvit\.conv2d: `{argument}` must be .*; got "):
+        conv2d(**arguments)
