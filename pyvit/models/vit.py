@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -139,8 +139,6 @@ class VisionTransformer(nn.Module):
         _checks.choice(_NAME, "pos_embed", pos_embed, ("learn", "sincos1d", "sincos2d"))
         if global_pool == "token" and not class_token:
             _checks.fail(ValueError, _NAME, "global_pool", "'avg' without a class token", "'token'")
-        if img_size is None:
-            _checks.fail(TypeError, _NAME, "img_size", "one int or two", None)
         topks = _one_for_each(topk, depth)
 
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -149,6 +147,7 @@ class VisionTransformer(nn.Module):
         self.global_pool = global_pool
         self.num_prefix_tokens = int(class_token)
         self.pos_embed_kind = pos_embed
+        _check_size(img_size)
         self.patch_embed = PatchEmbed(
             img_size, patch_size, in_chans, embed_dim, mean=mean, std=std, **made
         )
@@ -193,6 +192,11 @@ class VisionTransformer(nn.Module):
             pooled = tokens[:, self.num_prefix_tokens :].mean(dim=1)
         return self.head(self.fc_norm(pooled))
 
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """The image in patches: (height, width)."""
+        return cast("tuple[int, int]", self.patch_embed.grid_size)
+
     def set_topk(
         self, topk: int | Sequence[int | None] | None, backward: str | None = None
     ) -> None:
@@ -200,31 +204,33 @@ class VisionTransformer(nn.Module):
         topks = _one_for_each(topk, len(self.blocks))
         for k in topks:
             check_topk(_NAME, k, backward or "selected")
-        for block, k in zip(self.blocks, topks, strict=True):
-            block.attn.topk = k
+        for layer, k in zip(self._attention_layers(), topks, strict=True):
+            layer.topk = k
             if backward is not None:
-                block.attn.backward = backward
+                layer.backward = backward
+
+    def _attention_layers(self) -> list[TopKAttention]:
+        return [module for module in self.blocks.modules() if isinstance(module, TopKAttention)]
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Take images of another size (pixels): learned positions are interpolated.
 
         The parameter ``pos_embed`` becomes a new one: make the optimiser afterwards.
         """
-        old_grid = self.patch_embed.grid_size
+        _check_size(img_size)
+        old_grid = self.grid_size
         self.patch_embed.set_input_size(img_size)
         if self.pos_embed_kind != "learn":
             self._make_positions(self.pos_embed.device, self.pos_embed.dtype)
             return
         old = self.pos_embed
-        new = resize_pos_embed(
-            old.detach(), self.patch_embed.grid_size, old_grid, self.num_prefix_tokens
-        )
+        new = resize_pos_embed(old.detach(), self.grid_size, old_grid, self.num_prefix_tokens)
         if new is not old:
             self.pos_embed = nn.Parameter(new.clone(), requires_grad=old.requires_grad)
 
     def _make_positions(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """``pos_embed`` ``[1, N(+1), D]``: an empty parameter, or the fixed table in a buffer."""
-        prefix, grid = self.num_prefix_tokens, self.patch_embed.grid_size
+        prefix, grid = self.num_prefix_tokens, self.grid_size
         length = prefix + grid[0] * grid[1]
         if self.pos_embed_kind == "learn":
             empty = torch.empty(1, length, self.embed_dim, device=device, dtype=dtype)
@@ -260,9 +266,15 @@ class VisionTransformer(nn.Module):
             if self.pos_embed_kind != "learn":
                 state_dict[key] = self.pos_embed
             elif given.shape[-1] == self.embed_dim:
-                grid = self.patch_embed.grid_size
-                state_dict[key] = resize_pos_embed(given, grid, None, self.num_prefix_tokens)
+                prefix_tokens = self.num_prefix_tokens
+                state_dict[key] = resize_pos_embed(given, self.grid_size, None, prefix_tokens)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _check_size(img_size: object) -> None:
+    """PatchEmbed takes None, any size; positions need to know."""
+    if img_size is None:
+        _checks.fail(TypeError, _NAME, "img_size", "one int or two (height, width)", None)
 
 
 def _one_for_each(topk: int | Sequence[int | None] | None, depth: int) -> Sequence[int | None]:

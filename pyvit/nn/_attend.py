@@ -42,11 +42,11 @@ def attend(
                 q, k, v, attn_mask, dropout, is_causal, scale=scale
             )
         return topk_attention(q, k, v, k.shape[-2], scale=scale, backward=backward)
-    if attn_mask is not None or is_causal:
-        argument = "is_causal" if is_causal else "attn_mask"
-        wanted = "False" if is_causal else "None"
-        got = True if is_causal else _checks.shape_of(attn_mask)
-        _checks.fail(NotImplementedError, layer, argument, f"{wanted} with topk={topk}", got)
+    if attn_mask is not None:
+        got = _checks.shape_of(attn_mask)
+        _checks.fail(NotImplementedError, layer, "attn_mask", f"None with topk={topk}", got)
+    if is_causal:
+        _checks.fail(NotImplementedError, layer, "is_causal", f"False with topk={topk}", True)
     if dropout > 0:
         wanted = f"0 in training with topk={topk} (the kernel drops no weights)"
         _checks.fail(NotImplementedError, layer, dropout_argument, wanted, dropout)

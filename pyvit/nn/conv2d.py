@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from pyvit.ops import _checks, conv2d
 
 _NAME = "nn.Conv2d"
-_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+_PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class Conv2d(nn.Conv2d):
@@ -34,12 +36,12 @@ class Conv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: _PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         _check(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        _checks.choice(_NAME, "padding_mode", padding_mode, _PADDING_MODES)
+        _checks.choice(_NAME, "padding_mode", padding_mode, get_args(_PaddingMode))
         super().__init__(
             in_channels,
             out_channels,
@@ -55,11 +57,13 @@ class Conv2d(nn.Conv2d):
         )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
+        padding: str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        # torch types its pairs as tuples of any length.
+        geometry: Any = (self.stride, padding, self.dilation, self.groups)
+        return conv2d(input, weight, bias, *geometry)
 
 
 def _check(

@@ -11,6 +11,10 @@ from pyvit.ops import _checks
 
 _NAME = "nn.TopKMultiheadAttention"
 
+# In eval mode nn.TransformerEncoderLayer takes the weights out of its attention layer and
+# computes dense attention by itself, unless the layer's `_qkv_same_embed_dim` is this.
+HIDDEN_FROM_FAST_PATH = False
+
 
 class TopKMultiheadAttention(nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` by :func:`pyvit.topk_attention`.
@@ -59,23 +63,7 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
         )
         self.topk = topk
         self.backward = backward
-
-    # In eval mode nn.TransformerEncoderLayer takes the weights out of its attention layer and
-    # computes dense attention by itself, unless this is False.
-    @property
-    def _qkv_same_embed_dim(self) -> bool:
-        return False
-
-    @_qkv_same_embed_dim.setter
-    def _qkv_same_embed_dim(self, value: bool) -> None:
-        # Kept under its own name: restore_layers() gives the layer back to torch's class.
-        self.__dict__["_qkv_same_embed_dim"] = value
-
-    def _reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
+        self._qkv_same_embed_dim = HIDDEN_FROM_FAST_PATH
 
     def forward(
         self,

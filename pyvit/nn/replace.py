@@ -15,7 +15,7 @@ from torch import nn
 
 from pyvit.nn._attend import check_topk
 from pyvit.nn.conv2d import Conv2d
-from pyvit.nn.multihead_attention import TopKMultiheadAttention
+from pyvit.nn.multihead_attention import HIDDEN_FROM_FAST_PATH, TopKMultiheadAttention
 from pyvit.nn.patch_conv2d import PatchConv2d
 from pyvit.nn.topk_attention import TopKAttention
 from pyvit.ops import _checks
@@ -117,7 +117,8 @@ def restore_layers(model: nn.Module) -> list[str]:
         undo = module.__dict__.pop(_UNDO, None)
         if undo is None:
             continue
-        module.__class__, added = undo
+        module.__class__, previous, added = undo
+        module.__dict__.update(previous)
         for attribute in added:
             del module.__dict__[attribute]
         restored.append(name)
@@ -150,21 +151,30 @@ def _apply(swap: _Swap, settings: dict[str, Any], report: Report) -> None:
     """Change the class, and write down how to change it back."""
     module, before = swap.module, type(swap.module)
     if _UNDO not in module.__dict__:
-        defaults = {"norm": None, "gate": None} if swap.to is TopKAttention else {}
-        added = {**settings, **{k: v for k, v in defaults.items() if not hasattr(module, k)}}
-        module.__dict__.update(added)
-        module.__dict__[_UNDO] = (before, tuple(added))
+        settings = settings | _adopted(module, swap.to)
+        previous = {key: module.__dict__[key] for key in settings if key in module.__dict__}
+        module.__dict__[_UNDO] = (before, previous, tuple(settings.keys() - previous.keys()))
         module.__class__ = swap.to
     module.__dict__.update(settings)
-    detail = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    detail = ", ".join(f"{k}={v!r}" for k, v in settings.items() if k in ("topk", "backward"))
     outcome = f"pyvit.nn.{swap.to.__name__}" + (f"({detail})" if detail else "")
     report.replaced.append(Entry(swap.name, before.__name__, outcome))
+
+
+def _adopted(module: nn.Module, to: type[nn.Module]) -> dict[str, Any]:
+    """What a layer of class ``to`` sets in its constructor, which ``module`` did not go through."""
+    if to is TopKAttention:
+        return {name: None for name in ("norm", "gate") if not hasattr(module, name)}
+    if to is TopKMultiheadAttention:
+        return {"_qkv_same_embed_dim": HIDDEN_FROM_FAST_PATH}
+    return {}
 
 
 def _plan_convs(model: nn.Module, conv: bool, patch_embed: bool, report: Report) -> Iterator[_Swap]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d):
             continue
+        reason: str | None
         patches = _is_patch_embedding(model, name)
         if not (patch_embed if patches else conv):
             reason = f"{'patch_embed' if patches else 'conv'}=False"
