@@ -5,19 +5,12 @@
 namespace pyvit {
 namespace {
 
-using Ints = std::vector<int64_t>;
-
 // `padding` is (top, bottom, left, right); below and right follow from the output's size.
 Conv2dShape shape_of(const Ints& image, const Ints& weight, const Ints& out, const Ints& stride,
                      const Ints& padding, const Ints& dilation, int64_t groups) {
   return {image[0],  image[1], image[2],   image[3],   out[1],
           out[2],    out[3],   {weight[2], weight[3]}, {stride[0], stride[1]},
           {padding[0], padding[2]}, {dilation[0], dilation[1]}, groups};
-}
-
-Ints sizes_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return Ints(sizes.begin(), sizes.end());
 }
 
 Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,

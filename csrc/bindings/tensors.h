@@ -36,6 +36,13 @@ inline Tensor empty_like_options(const Tensor& like, const std::vector<int64_t>&
       channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+using Ints = std::vector<int64_t>;
+
+inline Ints sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Ints(sizes.begin(), sizes.end());
+}
+
 inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }

@@ -15,10 +15,10 @@
 // dense convolution of dy, with step 1, that writes every stride-th pixel.
 #include "conv2d.h"
 
-#include <memory>
-
 #include "gemm.h"
 #include "patches.h"
+#include "split_sum.h"
+#include "transpose.h"
 
 namespace pyvit {
 namespace {
@@ -75,15 +75,22 @@ void pack_weight_rows(Compute<S>* dst, const Gather<S>& g, int64_t m0, int64_t m
   const auto& columns = g.source.taps[1];
   const int64_t* stride = g.weights.stride;
   const int64_t taps = rows.size() * columns.size();
-  const bool contiguous =
-      stride[3] == 1 && stride[2] == static_cast<int64_t>(columns.size()) && stride[1] == taps &&
-      rows.back().kernel == static_cast<int64_t>(rows.size()) - 1 && rows[0].kernel == 0 &&
-      columns.back().kernel == static_cast<int64_t>(columns.size()) - 1 && columns[0].kernel == 0;
+  // Whether the kernel of one channel pair is one run of memory, in the order of the taps.
+  const bool run = stride[3] == 1 && stride[2] == static_cast<int64_t>(columns.size()) &&
+                   rows.back().kernel - rows[0].kernel + 1 == static_cast<int64_t>(rows.size()) &&
+                   columns[0].kernel == 0 && columns.back().kernel + 1 == stride[2];
   for (int64_t m = 0; m < mb; ++m) {
     T* row = dst + m * Panel<T>::lda;
     const S* w = g.weights.data + (m0 + m) * stride[0];
-    if (contiguous) {
-      widen_run(row, w + k0, kb);
+    if (run) {
+      w += rows[0].kernel * stride[2];
+      const int64_t length = stride[1] == taps ? kb : taps;  // whole channels lie side by side?
+      for (int64_t k = 0; k < kb;) {
+        const int64_t channel = (k0 + k) / taps, within = (k0 + k) % taps;
+        const int64_t count = std::min(kb - k, std::max(length - within, taps - within));
+        widen_run(row + k, w + channel * stride[1] + within, count);
+        k += count;
+      }
       continue;
     }
     PlanarIndex index(g.source, k0);
@@ -154,14 +161,15 @@ void pack_weight_strips(Compute<S>* dst, const Gather<S>& g, int64_t k0, int64_t
   const int64_t C = g.source.channels, columns = g.source.taps[1].size();
   for (int64_t j = 0; j < nb; j += NR, dst += kb * NR) {
     const int64_t width = std::min<int64_t>(NR, nb - j);
-    for (int64_t k = 0; k < kb; ++k) {
-      const int64_t c = (k0 + k) % C, tap = (k0 + k) / C;
+    for (int64_t k = 0; k < kb;) {
+      const int64_t c = (k0 + k) % C, tap = (k0 + k) / C, count = std::min(C - c, kb - k);
       const S* w = &g.weights.at(n0 + j, c, g.source.taps[0][tap / columns].kernel,
                                  g.source.taps[1][tap % columns].kernel);
-      T* row = dst + k * NR;
-      for (int64_t i = 0; i < width; ++i) row[i] = widen(w[i * g.weights.stride[0]]);
-      for (int64_t i = width; i < NR; ++i) row[i] = T(0);
+      transpose(dst + k * NR, NR, w, g.weights.stride[0], g.weights.stride[1], width, count);
+      k += count;
     }
+    for (int64_t k = 0; width < NR && k < kb; ++k)
+      std::fill(dst + k * NR + width, dst + (k + 1) * NR, T(0));
   }
 }
 
@@ -326,12 +334,10 @@ void pack_grad_strips(Compute<S>* dst, const S* dy, const int64_t stride[4], con
     for_each_run(grid, k0, kb, [&](const PixelRun& run) {
       const S* from = dy + run.image * stride[0] + run.row * stride[2] + run.column * stride[3] +
                       (n0 + j) * stride[1];
-      for (int64_t t = 0; t < run.count; ++t, from += stride[3]) {
-        T* row = dst + (run.at + t) * NR;
-        for (int64_t i = 0; i < width; ++i) row[i] = widen(from[i * stride[1]]);
-        for (int64_t i = width; i < NR; ++i) row[i] = T(0);
-      }
+      transpose(dst + run.at * NR, NR, from, stride[1], stride[3], width, run.count);
     });
+    for (int64_t k = 0; width < NR && k < kb; ++k)
+      std::fill(dst + k * NR + width, dst + (k + 1) * NR, T(0));
   }
 }
 
@@ -343,9 +349,7 @@ void pack_grad_rows(Compute<S>* dst, const S* dy, const int64_t stride[4], const
   for_each_run(grid, k0, kb, [&](const PixelRun& run) {
     const S* from = dy + run.image * stride[0] + run.row * stride[2] + run.column * stride[3] +
                     m0 * stride[1];
-    for (int64_t t = 0; t < run.count; ++t, from += stride[3])
-      for (int64_t m = 0; m < mb; ++m)
-        dst[m * Panel<T>::lda + run.at + t] = widen(from[m * stride[1]]);
+    transpose(dst + run.at, Panel<T>::lda, from, stride[3], stride[1], run.count, mb);
   });
 }
 
@@ -355,16 +359,17 @@ void pack_patch_element_strips(Compute<S>* dst, const PatchSource<S>& source, in
                                int64_t kb, int64_t n0, int64_t nb) {
   using T = Compute<S>;
   constexpr int NR = Panel<T>::NR;
-  for (int64_t j = 0; j < nb; j += NR, dst += kb * NR) {
-    const int64_t width = std::min<int64_t>(NR, nb - j);
-    for_each_run(source.grid, k0, kb, [&](const PixelRun& run) {
-      for (int64_t t = 0; t < run.count; ++t) {
-        T* row = dst + (run.at + t) * NR;
-        copy_patch(row, source, run.image, run.row, run.column + t, n0 + j, n0 + j + width);
-        for (int64_t i = width; i < NR; ++i) row[i] = T(0);
-      }
-    });
-  }
+  T line[Panel<T>::NB];
+  const int64_t padded = round_up(nb, NR);
+  std::fill(line + nb, line + padded, T(0));
+  for_each_run(source.grid, k0, kb, [&](const PixelRun& run) {
+    for (int64_t t = 0; t < run.count; ++t) {
+      copy_patch(line, source, run.image, run.row, run.column + t, n0, n0 + nb);
+      T* row = dst + (run.at + t) * NR;
+      for (int64_t j = 0; j < padded; j += NR, row += kb * NR)
+        std::copy(line + j, line + j + NR, row);
+    }
+  });
 }
 
 // Patch elements as rows: A[(c, row tap, column tap), pixel].
@@ -379,15 +384,6 @@ void pack_patch_element_rows(Compute<S>* dst, const PatchSource<S>& source, int6
   });
 }
 
-// How many parts the pixels are summed in. A function of the shape alone, so that the sum does
-// not depend on the number of threads; the partial sums stay below a megabyte.
-template <class T>
-int64_t weight_grad_parts(int64_t elements, int64_t pixels) {
-  const int64_t room = (1 << 20) / std::max<int64_t>(1, elements * static_cast<int64_t>(sizeof(T)));
-  const int64_t useful = ceil_div(pixels, 4 * Panel<T>::KC);
-  return std::max<int64_t>(1, std::min<int64_t>({16, room, useful}));
-}
-
 template <class S>
 void weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
   using T = Compute<S>;
@@ -395,17 +391,17 @@ void weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
   const int64_t G = shape.groups, O = shape.out_channels / G, E = whole.patch_size();
   const int64_t pixels = shape.batch * whole.pixels_per_image();
   const bool last = x.stride[1] == 1 && dy.stride[1] == 1 && x.stride[3] != 1 && O >= 8;
-  const int64_t parts = weight_grad_parts<T>(G * O * E, pixels);
-  const int64_t part_length = round_up(ceil_div(pixels, parts), Panel<T>::KC);
-  std::unique_ptr<T[]> partial(parts > 1 ? new T[parts * G * O * E] : nullptr);
+  const SplitSum<T> split(pixels, G * O * E);
+  const int64_t parts = split.parts;
 
-  // Element e of a patch: (c, i, j) when planar, (i, j, c) with channels last.
-  auto place = [&](int64_t g, int64_t o, int64_t e) {
-    const int64_t C = whole.channels, columns = shape.kernel[1], taps = shape.kernel[0] * columns;
+  // Where element e of a patch, (c, i, j) when planar and (i, j, c) with channels last, lies in dw.
+  std::vector<int64_t> place(E);
+  const int64_t C = whole.channels, columns = shape.kernel[1], taps = shape.kernel[0] * columns;
+  for (int64_t e = 0; e < E; ++e) {
     const int64_t c = last ? e % C : e / taps, tap = last ? e / C : e % taps;
-    return static_cast<S*>(dw.data) + (g * O + o) * dw.stride[0] + c * dw.stride[1] +
-           tap / columns * dw.stride[2] + tap % columns * dw.stride[3];
-  };
+    place[e] = c * dw.stride[1] + tap / columns * dw.stride[2] + tap % columns * dw.stride[3];
+  }
+  S* const result = static_cast<S*>(dw.data);
   const BlockGrid<T> grid(last ? O : E, last ? E : O, G * parts);
   const int64_t tasks = grid.tasks();
   parallel_for(tasks * G * parts, [&](int64_t task) {
@@ -414,19 +410,22 @@ void weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
     source.data += g * whole.channels * whole.stride[1];
     const S* grad = static_cast<const S*>(dy.data) + g * O * dy.stride[1];
     auto keep = [&](const T* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0, int64_t nb) {
-      for (int64_t i = 0; i < mb; ++i) {
-        for (int64_t j = 0; j < nb; ++j) {
-          const int64_t o = last ? m0 + i : n0 + j, e = last ? n0 + j : m0 + i;
+      const int64_t o0 = last ? m0 : n0, o_count = last ? mb : nb, o_step = last ? ldc : 1;
+      const int64_t e0 = last ? n0 : m0, e_count = last ? nb : mb, e_step = last ? 1 : ldc;
+      for (int64_t o = 0; o < o_count; ++o, c += o_step) {
+        const int64_t channel = g * O + o0 + o;
+        T* sum = parts > 1 ? split.partial(part) + channel * E + e0 : nullptr;
+        S* row = result + channel * dw.stride[0];
+        for (int64_t e = 0; e < e_count; ++e) {
           if (parts > 1) {
-            partial[((part * G + g) * O + o) * E + e] = c[i * ldc + j];
+            sum[e] = c[e * e_step];
           } else {
-            *place(g, o, e) = narrow<S>(c[i * ldc + j]);
+            row[place[e0 + e]] = narrow<S>(c[e * e_step]);
           }
         }
       }
     };
-    const int64_t k_begin = std::min(pixels, part * part_length);
-    const int64_t k_end = std::min(pixels, k_begin + part_length);
+    const int64_t k_begin = split.begin(part), k_end = split.end(part);
     const int64_t m0 = grid.m0(block), mb = grid.height(block);
     const int64_t n0 = grid.n0(block), nb = grid.width(block);
     if (last) {
@@ -453,11 +452,8 @@ void weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
   });
   if (parts == 1) return;
   parallel_for(G * O, [&](int64_t row) {
-    for (int64_t e = 0; e < E; ++e) {
-      T sum = T(0);
-      for (int64_t part = 0; part < parts; ++part) sum += partial[(part * G * O + row) * E + e];
-      *place(row / O, row % O, e) = narrow<S>(sum);
-    }
+    for (int64_t e = 0; e < E; ++e)
+      result[row * dw.stride[0] + place[e]] = narrow<S>(split.sum(row * E + e));
   });
 }
 

@@ -125,7 +125,8 @@ inline void widen_run(float* dst, const float16* src, int64_t n) {
 #endif
   for (; i < n; ++i) dst[i] = widen(src[i]);
 }
-inline void widen_run(float* dst, const uint8_t* src, int64_t n) {
+template <class T>
+inline void widen_run(T* dst, const uint8_t* src, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = widen(src[i]);
 }
 

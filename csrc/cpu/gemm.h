@@ -28,15 +28,16 @@ struct Panel {
   static constexpr int NR = 2 * lanes;
 #if defined(__AVX512F__)
   static constexpr int MR = 14;  // 28 accumulators, 2 of B, 1 broadcast: 31 of 32 registers
+  static constexpr int64_t MB = 37 * MR;
 #else
   static constexpr int MR = 6;  // 12 + 2 + 1 of 16
+  static constexpr int64_t MB = 86 * MR;
 #endif
+  static constexpr int64_t NB = 256;  // one task finishes MB rows × NB columns of C
   static constexpr int64_t KC = 256;
   // A's rows lie a little more than KC apart, so that they do not share a cache set.
   static constexpr int64_t lda = KC + 64 / sizeof(T);
-  static constexpr int64_t MC = 4 * MR;   // rows of A packed at a time
-  static constexpr int64_t MB = 18 * 14;  // rows and columns of C finished by one task;
-  static constexpr int64_t NB = 256;      // MB is a multiple of both MRs
+  static constexpr int64_t MC = 4 * MR;  // rows of A packed at a time
 
   // Bytes of Scratch that a block of mb × nb needs.
   static constexpr int64_t scratch_bytes(int64_t mb, int64_t nb) {
@@ -134,13 +135,18 @@ struct BlockGrid {
   BlockGrid(int64_t M_, int64_t N_, int64_t copies = 1) : M(M_), N(N_) {
     using P = Panel<T>;
     const int64_t wanted = 4 * thread_count();
-    mb = std::min(P::MB, round_up(std::max<int64_t>(M, 1), P::MR));
-    nb = std::min(P::NB, round_up(std::max<int64_t>(N, 1), P::NR));
+    mb = equal_part(M, P::MB, P::MR);
+    nb = equal_part(N, P::NB, P::NR);
     auto tasks = [&] { return ceil_div(M, mb) * ceil_div(N, nb) * copies; };
     while (tasks() < wanted && nb > 2 * P::NR) nb = round_up(nb / 2, P::NR);
     while (tasks() < wanted && mb > 2 * P::MR) mb = round_up(mb / 2, P::MR);
     rows = ceil_div(M, mb);
     columns = ceil_div(N, nb);
+  }
+  // Cuts `extent` into the fewest parts of at most `most`: the length of one, in whole tiles.
+  static int64_t equal_part(int64_t extent, int64_t most, int64_t tile) {
+    const int64_t parts = std::max<int64_t>(1, ceil_div(extent, most));
+    return round_up(std::max<int64_t>(1, ceil_div(extent, parts)), tile);
   }
   int64_t tasks() const { return rows * columns; }
   // Neighbouring tasks share columns: B is often the larger operand, and stays in cache.

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "dtypes.h"
@@ -66,6 +67,19 @@ inline void copy_clipped(T* dst, const S* row, int64_t first, int64_t step, int6
     const int64_t room = width - first;
     end = std::max(begin, room <= 0 ? 0 : step == 1 ? room : ceil_div(room, step));
   }
+#if defined(__AVX512F__)
+  // Most runs are short: a masked load leaves zeros where the image ends, without a branch.
+  if constexpr (std::is_same_v<S, float>) {
+    if (step * stride == 1) {
+      for (int64_t t = 0; t < count; t += 16) {
+        const __mmask16 inside = first_lanes(end - t) & ~first_lanes(begin - t);
+        const __m512 v = _mm512_maskz_loadu_ps(inside, row + first + t);
+        _mm512_mask_storeu_ps(dst + t, first_lanes(count - t), v);
+      }
+      return;
+    }
+  }
+#endif
   for (int64_t t = 0; t < begin; ++t) dst[t] = T(0);
   if (step * stride == 1) {
     widen_run(dst + begin, row + first + begin, end - begin);

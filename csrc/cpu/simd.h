@@ -97,12 +97,19 @@ inline T reduce_add(Vec<T> v) {
   return lane[0];
 }
 
+#if defined(__AVX512F__)
+// The mask of the first n lanes; n may lie outside [0, 16].
+inline __mmask16 first_lanes(int64_t n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1);
+}
+#endif
+
 // Copies n elements; n is small and often shorter than a vector (a run of an image row).
 inline void copy_run(float* dst, const float* src, int64_t n) {
 #if defined(__AVX512F__)
   for (; n >= 16; n -= 16, dst += 16, src += 16) _mm512_storeu_ps(dst, _mm512_loadu_ps(src));
   if (n > 0) {
-    const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+    const __mmask16 mask = first_lanes(n);
     _mm512_mask_storeu_ps(dst, mask, _mm512_maskz_loadu_ps(mask, src));
   }
 #elif defined(__AVX2__)

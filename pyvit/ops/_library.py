@@ -21,6 +21,15 @@ def fake(name: str):
     return torch.library.register_fake(f"pyvit::{name}", lib=_LIBRARY)
 
 
+def is_channels_last(value: Tensor) -> bool:
+    """As torch reads it: ambiguous sizes (one channel, one pixel) count as NCHW."""
+    return not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def require_kernels(op: str, value: Tensor) -> None:
     """Raise, naming the way out, where no kernel of ours can take ``value``'s device."""
     device = value.device.type

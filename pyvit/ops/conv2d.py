@@ -17,10 +17,6 @@ _library.define(
 )
 
 
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def _output_extent(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     return (size + padding - dilation * (kernel - 1) - 1) // stride + 1
 
@@ -38,26 +34,29 @@ def _(x, weight, bias, stride, padding, dilation, groups, channels_last):
         for axis in range(2)
     ]
     size = (x.shape[0], weight.shape[0], *extents)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=_format(channels_last))
+    return torch.empty(
+        size, dtype=x.dtype, device=x.device, memory_format=_library.memory_format(channels_last)
+    )
 
 
 @_library.fake("conv2d_input_grad")
 def _(grad, weight, input_size, stride, padding, dilation, groups, channels_last):
     return torch.empty(
-        input_size, dtype=grad.dtype, device=grad.device, memory_format=_format(channels_last)
+        input_size,
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=_library.memory_format(channels_last),
     )
 
 
 @_library.fake("conv2d_weight_grad")
 def _(grad, x, weight_size, stride, padding, dilation, groups, channels_last):
     return torch.empty(
-        weight_size, dtype=grad.dtype, device=grad.device, memory_format=_format(channels_last)
+        weight_size,
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=_library.memory_format(channels_last),
     )
-
-
-def _is_channels_last(value: Tensor) -> bool:
-    """As torch reads it: ambiguous sizes (one channel, one pixel) count as NCHW."""
-    return not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
 
 
 # A geometry is (stride, padding, dilation, groups); padding is (top, bottom, left, right).
@@ -71,7 +70,10 @@ class _Conv2d(torch.autograd.Function):
         wants_x, wants_weight, ctx.wants_bias, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         ctx.x_size, ctx.weight_size = tuple(x.shape), tuple(weight.shape)
-        ctx.x_last, ctx.weight_last = _is_channels_last(x), _is_channels_last(weight)
+        ctx.x_last, ctx.weight_last = (
+            _library.is_channels_last(x),
+            _library.is_channels_last(weight),
+        )
         return _forward_op(x, weight, bias, geometry)
 
     @staticmethod
@@ -93,7 +95,7 @@ class _InputGrad(torch.autograd.Function):
         ctx.geometry = geometry
         wants_grad, wants_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(grad if wants_weight else None, weight if wants_grad else None)
-        ctx.weight_size, ctx.weight_last = tuple(weight.shape), _is_channels_last(weight)
+        ctx.weight_size, ctx.weight_last = tuple(weight.shape), _library.is_channels_last(weight)
         return torch.ops.pyvit.conv2d_input_grad(grad, weight, input_size, *geometry, channels_last)
 
     @staticmethod
@@ -115,7 +117,7 @@ class _WeightGrad(torch.autograd.Function):
         ctx.geometry = geometry
         wants_grad, wants_x = ctx.needs_input_grad[:2]
         ctx.save_for_backward(grad if wants_x else None, x if wants_grad else None)
-        ctx.x_size, ctx.x_last = tuple(x.shape), _is_channels_last(x)
+        ctx.x_size, ctx.x_last = tuple(x.shape), _library.is_channels_last(x)
         return torch.ops.pyvit.conv2d_weight_grad(grad, x, weight_size, *geometry, channels_last)
 
     @staticmethod
@@ -134,7 +136,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _forward_op(x, weight, bias, geometry):
-    channels_last = _is_channels_last(x) or _is_channels_last(weight)
+    channels_last = _library.is_channels_last(x) or _library.is_channels_last(weight)
     return torch.ops.pyvit.conv2d(x, weight, bias, *geometry, channels_last)
 
 

@@ -1,0 +1,100 @@
+// Transposing by blocks of registers: a packer that must turn rows into columns would otherwise
+// spend more time on single elements than the product spends on arithmetic.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "dtypes.h"
+#include "simd.h"
+
+namespace pyvit {
+
+// dst[j * ldd + i] = src[i * lds + j] for i, j < kLanes<T>.
+template <class T>
+inline void transpose_block(T* dst, int64_t ldd, const T* src, int64_t lds) {
+  for (int j = 0; j < kLanes<T>; ++j)
+    for (int i = 0; i < kLanes<T>; ++i) dst[j * ldd + i] = src[i * lds + j];
+}
+
+// First pairs, then fours of rows are interleaved, within 128-bit lanes; then lane L of row
+// 4·g + q holds column 4·L + q of the rows 4·g to 4·g + 3, and whole lanes change places.
+#if defined(__AVX512F__)
+template <>
+inline void transpose_block<float>(float* dst, int64_t ldd, const float* src, int64_t lds) {
+  __m512 pairs[16], fours[16];
+  for (int i = 0; i < 16; i += 2) {
+    const __m512 even = _mm512_loadu_ps(src + i * lds), odd = _mm512_loadu_ps(src + (i + 1) * lds);
+    pairs[i] = _mm512_unpacklo_ps(even, odd);
+    pairs[i + 1] = _mm512_unpackhi_ps(even, odd);
+  }
+  for (int g = 0; g < 16; g += 4) {
+    for (int q = 0; q < 2; ++q) {
+      const __m512d low = _mm512_castps_pd(pairs[g + q]);
+      const __m512d high = _mm512_castps_pd(pairs[g + q + 2]);
+      fours[g + 2 * q] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      fours[g + 2 * q + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  for (int q = 0; q < 4; ++q) {
+    const __m512 ab_even = _mm512_shuffle_f32x4(fours[q], fours[4 + q], 0x88);
+    const __m512 ab_odd = _mm512_shuffle_f32x4(fours[q], fours[4 + q], 0xdd);
+    const __m512 cd_even = _mm512_shuffle_f32x4(fours[8 + q], fours[12 + q], 0x88);
+    const __m512 cd_odd = _mm512_shuffle_f32x4(fours[8 + q], fours[12 + q], 0xdd);
+    _mm512_storeu_ps(dst + q * ldd, _mm512_shuffle_f32x4(ab_even, cd_even, 0x88));
+    _mm512_storeu_ps(dst + (4 + q) * ldd, _mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88));
+    _mm512_storeu_ps(dst + (8 + q) * ldd, _mm512_shuffle_f32x4(ab_even, cd_even, 0xdd));
+    _mm512_storeu_ps(dst + (12 + q) * ldd, _mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd));
+  }
+}
+#elif defined(__AVX2__)
+template <>
+inline void transpose_block<float>(float* dst, int64_t ldd, const float* src, int64_t lds) {
+  __m256 pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    const __m256 even = _mm256_loadu_ps(src + i * lds), odd = _mm256_loadu_ps(src + (i + 1) * lds);
+    pairs[i] = _mm256_unpacklo_ps(even, odd);
+    pairs[i + 1] = _mm256_unpackhi_ps(even, odd);
+  }
+  for (int g = 0; g < 8; g += 4) {
+    for (int q = 0; q < 2; ++q) {
+      const __m256d low = _mm256_castps_pd(pairs[g + q]);
+      const __m256d high = _mm256_castps_pd(pairs[g + q + 2]);
+      fours[g + 2 * q] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      fours[g + 2 * q + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  }
+  for (int q = 0; q < 4; ++q) {
+    _mm256_storeu_ps(dst + q * ldd, _mm256_permute2f128_ps(fours[q], fours[4 + q], 0x20));
+    _mm256_storeu_ps(dst + (4 + q) * ldd, _mm256_permute2f128_ps(fours[q], fours[4 + q], 0x31));
+  }
+}
+#endif
+
+// dst[j * ldd + i] = widen(src[i * row_stride + j * column_stride]) for i < rows, j < columns.
+template <class T, class S>
+void transpose(T* dst, int64_t ldd, const S* src, int64_t row_stride, int64_t column_stride,
+               int64_t rows, int64_t columns) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t i = 0; i < rows; i += L) {
+    for (int64_t j = 0; j < columns; j += L) {
+      T* to = dst + j * ldd + i;
+      const S* from = src + i * row_stride + j * column_stride;
+      if (rows - i < L || columns - j < L || column_stride != 1) {
+        const int64_t height = std::min(L, rows - i), width = std::min(L, columns - j);
+        for (int64_t c = 0; c < width; ++c)
+          for (int64_t r = 0; r < height; ++r)
+            to[c * ldd + r] = widen(from[r * row_stride + c * column_stride]);
+      } else if constexpr (std::is_same_v<T, S>) {
+        transpose_block(to, ldd, from, row_stride);
+      } else {
+        T tile[L * L];
+        for (int64_t r = 0; r < L; ++r) widen_run(tile + r * L, from + r * row_stride, L);
+        transpose_block(to, ldd, static_cast<const T*>(tile), L);
+      }
+    }
+  }
+}
+
+}  // namespace pyvit
