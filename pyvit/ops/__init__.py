@@ -2,5 +2,6 @@
 gradients. The kernels behind them are in csrc/ and kernels/."""
 
 from pyvit.ops.conv2d import conv2d
+from pyvit.ops.patch_embed import patch_embed
 
-__all__ = ["conv2d"]
+__all__ = ["conv2d", "patch_embed"]
