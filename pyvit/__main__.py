@@ -1,10 +1,12 @@
-"""``python -m pyvit``: what is installed, and what runs here."""
+"""``python -m pyvit``: what is installed, what runs here, and how fast."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -24,38 +26,40 @@ def gpu_lines() -> list[str]:
     lines = []
     if not torch.cuda.is_available():
         reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU found"
-        lines.append(f"cuda        does not run: {reason}")
+        lines.append(f"cuda          does not run: {reason}")
     else:
         lines.append(
-            f"cuda        {torch.cuda.get_device_name()}: no GPU kernel is part of this version"
+            f"cuda          {torch.cuda.get_device_name()}: no GPU kernel is part of this version"
         )
     try:
         import triton
 
-        lines.append(f"triton      {triton.__version__} installed; no Triton kernel in this version")
+        lines.append(
+            f"triton        {triton.__version__} installed; no Triton kernel in this version"
+        )
     except ImportError:
-        lines.append("triton      not installed (pip install triton); not needed on the CPU")
+        lines.append("triton        not installed (pip install triton); not needed on the CPU")
     return lines
 
 
 def info() -> int:
     """Print what is built and what this machine can run; 1 where no CPU kernel runs."""
-    print(f"pyvit       {pyvit.__version__}")
-    print(f"torch       {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"python      {platform.python_version()}")
-    print(f"processor   {processor_name()}")
+    print(f"pyvit         {pyvit.__version__}")
+    print(f"torch         {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"python        {platform.python_version()}")
+    print(f"processor     {processor_name()}")
     try:
-        from pyvit import _C
+        from pyvit import _C  # type: ignore[attr-defined]  # compiled
 
         build = _C.build_info()
         sanitized = ", with sanitizers" if build["sanitized"] else ""
-        print(f"built by    {build['compiler']} against torch {build['torch']}{sanitized}")
+        print(f"built by      {build['compiler']} against torch {build['torch']}{sanitized}")
     except ImportError:
         pass  # the lines below say that nothing is built, and what to do
     for isa, state in _native.status().items():
         used = " and is used" if isa == _native.loaded_isa else ""
         verdict = f"runs{used}" if state == "runs" else f"does not run: {state}"
-        print(f"cpu {isa:<8}{verdict}")
+        print(f"cpu {isa:<10}{verdict}")
     for line in gpu_lines():
         print(line)
     if _native.loaded_isa is None:
@@ -64,11 +68,41 @@ def info() -> int:
     return 0
 
 
+def checkout_folder(name: str, marker: str) -> Path | None:
+    """A folder of the source checkout: beside this package, or in the working directory."""
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        if (root / name / marker).is_file():
+            return root / name
+    return None
+
+
+def bench(arguments: list[str]) -> int:
+    """Run the benchmark suite, which lives beside the package in a source checkout."""
+    benchmarks, tests = (
+        checkout_folder("benchmarks", "suite.py"),
+        checkout_folder("tests", "accuracy.py"),
+    )
+    if benchmarks is None or tests is None:
+        print(
+            "The benchmarks are not part of an installed pyvit: they lie in the source checkout.\n"
+            "Run this from its folder, or `make bench` there.",
+            file=sys.stderr,
+        )
+        return 2
+    sys.path[:0] = [str(benchmarks), str(tests)]
+    return importlib.import_module("suite").main(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyvit", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is built and what this machine can run, and why not")
-    parser.parse_args(arguments)
+    commands.add_parser("bench", help="every kernel against PyTorch (bench --help)", add_help=False)
+    chosen, rest = parser.parse_known_args(arguments)
+    if chosen.command == "bench":
+        return bench(rest)
+    if rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
     return info()
 
 

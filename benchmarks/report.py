@@ -1,0 +1,161 @@
+"""Turns results into a table, a JSON file and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import OURS, Result
+from machine import Peaks
+
+_FASTEST = "fastest peer"
+
+
+def share_of_floor(result: Result, peaks: Peaks) -> float:
+    return peaks.floor(result.flops, result.bytes) / result.seconds[OURS]
+
+
+def geometric_means(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, float]]:
+    """{(op, group): {peer: geometric mean of ours' ratio to it}}, the fastest peer too."""
+    logs: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        of_group = logs[result.op, result.group]
+        for peer, ratio in result.ratio.items():
+            of_group[peer].append(math.log(ratio))
+        if result.fastest_peer is not None:
+            of_group[_FASTEST].append(math.log(result.ratio[result.fastest_peer]))
+    return {
+        group: {peer: math.exp(sum(values) / len(values)) for peer, values in peers.items()}
+        for group, peers in logs.items()
+    }
+
+
+def table(results: Sequence[Result], peaks: Peaks) -> str:
+    """One block for each (op, group): its rows, then its geometric means."""
+    means = geometric_means(results)
+    blocks = []
+    for op, group in dict.fromkeys((r.op, r.group) for r in results):
+        rows = [r for r in results if (r.op, r.group) == (op, group)]
+        peers = list(dict.fromkeys(peer for r in rows for peer in r.ratio))
+        lines = [["", *(f"vs {peer}" for peer in peers), "of floor", "peak MB"]]
+        lines += [_cells(row, peers, peaks) for row in rows]
+        of_group = means.get((op, group), {})
+        if len(rows) > 1 and of_group:
+            mean = [f"{of_group[peer]:.2f}x" if peer in of_group else "" for peer in peers]
+            lines.append(["geometric mean", *mean, "", ""])
+        title = f"{op} {group}"
+        if _FASTEST in of_group:
+            title += f": {of_group[_FASTEST]:.2f}x the fastest peer of each row"
+        blocks.append(title + "\n" + _aligned(lines))
+        for row in rows:
+            blocks += [f"  WRONG {name} in {row.name}: {why}" for name, why in row.wrong.items()]
+    return "\n\n".join(blocks)
+
+
+def _cells(result: Result, peers: Sequence[str], peaks: Peaks) -> list[str]:
+    if OURS in result.wrong:
+        return [result.name, *("wrong" for _ in peers), "", ""]
+    ratios = [
+        "wrong"
+        if peer in result.wrong
+        else f"{result.ratio[peer]:.2f}x"
+        if peer in result.ratio
+        else ""
+        for peer in peers
+    ]
+    memory = result.peak_bytes.get(OURS)
+    peak = "" if memory is None else f"{memory / 2**20:.1f}"
+    return [result.name, *ratios, f"{share_of_floor(result, peaks):.0%}", peak]
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  "
+        + "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def heading(machine: dict[str, str | int], peaks: Peaks) -> str:
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, "
+        f"{machine['instruction_set']} kernels, torch {machine['torch']}\n"
+        f"ceiling {peaks.flops / 1e9:.0f} GFLOP/s float32: {peaks.flops_source}; "
+        f"best torch.mm {peaks.matmul_flops / 1e9:.0f} GFLOP/s; "
+        f"copy {peaks.copy_bandwidth / 1e9:.1f} GB/s\n"
+        "ratios are (peer's time / our time): above 1 means that pyvit is faster"
+    )
+
+
+def write_json(
+    path: Path, results: Sequence[Result], machine: dict[str, str | int], peaks: Peaks
+) -> None:
+    rows = []
+    for result in results:
+        row = dataclasses.asdict(result)
+        if OURS in result.seconds:
+            row["share_of_floor"] = share_of_floor(result, peaks)
+        rows.append(row)
+    means = [
+        {"op": op, "group": group, "ratio": ratios}
+        for (op, group), ratios in geometric_means(results).items()
+    ]
+    content = {
+        "machine": machine,
+        "peaks": dataclasses.asdict(peaks),
+        "geometric_means": means,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> tuple[list[Result], dict[str, str | int], Peaks]:
+    content = json.loads(path.read_text())
+    names = {f.name for f in dataclasses.fields(Result)}
+    rows = [{k: v for k, v in row.items() if k in names} for row in content["rows"]]
+    return [Result(**row) for row in rows], content["machine"], Peaks(**content["peaks"])
+
+
+def plot(path: Path, results: Sequence[Result], machine: dict[str, str | int]) -> None:
+    """One bar a row: the ratio to its fastest peer, on a logarithmic axis; grouped by op."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    timed = [r for r in results if r.ratio]
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.21 * max(len(timed), 4)))
+    groups = list(dict.fromkeys((r.op, r.group) for r in timed))
+    colours = pyplot.get_cmap("tab10")
+    for position, result in enumerate(timed):
+        ratio = result.ratio[result.fastest_peer]
+        colour = colours(groups.index((result.op, result.group)) % 10)
+        axes.barh(position, ratio - 1, left=1, color=colour, height=0.75)
+        label = f" {ratio:.2f}× {result.fastest_peer}"
+        axes.text(max(ratio, 1), position, label, va="center", fontsize=6, color="0.3")
+    axes.set_yticks(range(len(timed)))
+    axes.set_yticklabels([f"{r.op} {r.group}  {r.name}" for r in timed], fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}×"))
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.margins(x=0.25, y=0.01)
+    axes.set_xlabel("speed relative to the fastest peer of the row (right of 1×: pyvit is faster)")
+    axes.set_title(
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}",
+        fontsize=8,
+    )
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
