@@ -102,13 +102,14 @@ int64_t slice_length(int64_t K) {
   return std::max<int64_t>(1, ceil_div(K, slices));
 }
 
-// Finishes C[m0 : m0+mb, n0 : n0+nb], summed over [k_begin, k_end).
+// Finishes C[m0 : m0+mb, n0 : n0+nb], summed over [k_begin, k_end), in `scratch`, which has
+// scratch_bytes(mb, nb) left and is the caller's again afterwards.
 template <class T, class PackA, class PackB, class Epilogue>
-void gemm_block(int64_t m0, int64_t mb, int64_t n0, int64_t nb, int64_t k_begin, int64_t k_end,
-                const PackA& pack_a, const PackB& pack_b, const Epilogue& epilogue) {
+void gemm_block(Scratch scratch, int64_t m0, int64_t mb, int64_t n0, int64_t nb, int64_t k_begin,
+                int64_t k_end, const PackA& pack_a, const PackB& pack_b,
+                const Epilogue& epilogue) {
   using P = Panel<T>;
   const int64_t ldc = round_up(nb, P::NR);
-  Scratch scratch(P::scratch_bytes(mb, nb));
   T* c = scratch.take<T>(mb * ldc);
   T* a = scratch.take<T>(P::MC * P::lda);
   T* b = scratch.take<T>(P::KC * ldc);
@@ -124,6 +125,13 @@ void gemm_block(int64_t m0, int64_t mb, int64_t n0, int64_t nb, int64_t k_begin,
     }
   }
   epilogue(static_cast<const T*>(c), ldc, m0, mb, n0, nb);
+}
+
+template <class T, class PackA, class PackB, class Epilogue>
+void gemm_block(int64_t m0, int64_t mb, int64_t n0, int64_t nb, int64_t k_begin, int64_t k_end,
+                const PackA& pack_a, const PackB& pack_b, const Epilogue& epilogue) {
+  gemm_block<T>(Scratch(Panel<T>::scratch_bytes(mb, nb)), m0, mb, n0, nb, k_begin, k_end, pack_a,
+                pack_b, epilogue);
 }
 
 // How C is cut into blocks, one a task: as large as the scratch allows, smaller where that would

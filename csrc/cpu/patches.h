@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "parallel.h"
 
 namespace pyvit {
 
@@ -56,17 +57,26 @@ void for_each_run(const int64_t grid[2], int64_t first, int64_t count, const F& 
   }
 }
 
-// dst[t] = row[(first + t·step)·stride] widened for t in [0, count), zero where the source column
-// lies outside [0, width).
-template <class T, class S>
-inline void copy_clipped(T* dst, const S* row, int64_t first, int64_t step, int64_t stride,
-                         int64_t width, int64_t count) {
+// The t in [0, count) for which first + t·step lies in [0, width).
+struct Span {
+  int64_t begin, end;
+};
+inline Span inside(int64_t first, int64_t step, int64_t width, int64_t count) {
   int64_t begin = 0, end = count;
   if (first < 0) begin = std::min(count, step == 1 ? -first : ceil_div(-first, step));
   if (first + (count - 1) * step >= width) {
     const int64_t room = width - first;
     end = std::max(begin, room <= 0 ? 0 : step == 1 ? room : ceil_div(room, step));
   }
+  return {begin, end};
+}
+
+// dst[t] = row[(first + t·step)·stride] widened for t in [0, count), zero where the source column
+// lies outside [0, width).
+template <class T, class S>
+inline void copy_clipped(T* dst, const S* row, int64_t first, int64_t step, int64_t stride,
+                         int64_t width, int64_t count) {
+  const auto [begin, end] = inside(first, step, width, count);
 #if defined(__AVX512F__)
   // Most runs are short: a masked load leaves zeros where the image ends, without a branch.
   if constexpr (std::is_same_v<S, float>) {

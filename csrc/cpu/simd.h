@@ -124,4 +124,21 @@ inline void copy_run(float* dst, const float* src, int64_t n) {
 #endif
 }
 
+// dst[i] += src[i]; n is small, as in copy_run.
+template <class T>
+inline void add_run(T* dst, const T* src, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 mask = first_lanes(n - i);
+      const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, dst + i),
+                                       _mm512_maskz_loadu_ps(mask, src + i));
+      _mm512_mask_storeu_ps(dst + i, mask, sum);
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) dst[i] += src[i];
+}
+
 }  // namespace pyvit
