@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def require_kernels(op: str, value: Tensor) -> None:
         )
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast floating tensors as ``F.conv2d`` and SDPA do where autocast is on; else unchanged."""
     first = next(t for t in tensors if t is not None)
     device = first.device.type

@@ -221,7 +221,7 @@ def conv2d(
 
     Cost: ``2·B·O·H'·W'·(C / groups)·kh·kw`` floating-point operations for the forward pass and
     for each of the gradients of x and weight; inputs and outputs are read and written once or,
-    where they exceed the cache, once for every 252 output channels (every 256 pixels for the
+    where they exceed the cache, once for every 500 output channels (every 256 pixels for the
     weight).
 
     Source: the blocked product is Goto's and BLIS's (Van Zee, van de Geijn, 2015); convolution
@@ -254,7 +254,7 @@ def conv2d(
             "without empty dimensions but the first",
             _checks.shape_of(weight),
         )
-    padding = _padding(padding, kernel, stride, dilation)
+    margins = _padding(padding, kernel, stride, dilation)
     if x.shape[-3] != channels_per_group * groups:
         wanted = f"an image of {channels_per_group * groups} channels (weight's × groups)"
         _checks.fail(ValueError, op, "x", wanted, _checks.shape_of(x))
@@ -267,12 +267,12 @@ def conv2d(
         _checks.shape(op, "bias", bias, (out_channels,), " (one value an output channel)")
         bias = bias.contiguous()
     for axis, name in enumerate(("rows", "columns")):
-        padded = x.shape[axis - 2] + padding[2 * axis] + padding[2 * axis + 1]
+        padded = x.shape[axis - 2] + margins[2 * axis] + margins[2 * axis + 1]
         span = dilation[axis] * (kernel[axis] - 1) + 1
         if padded < span:
             wanted = f"of at least {span} {name} with padding, the kernel's span"
             _checks.fail(ValueError, op, "x", wanted, padded)
-    geometry = (stride, padding, dilation, groups)
+    geometry = (stride, margins, dilation, groups)
     if x.dim() == 3:
         return _forward(x.unsqueeze(0), weight, bias, geometry).squeeze(0)
     return _forward(x, weight, bias, geometry)
