@@ -51,6 +51,8 @@ inline float bits_float(uint32_t u) {
   return x;
 }
 
+// Sixteen bits that are only moved, as the data movers do with both half precisions.
+inline uint16_t widen(uint16_t x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(float x) { return x; }
 inline float widen(uint8_t x) { return static_cast<float>(x); }
@@ -108,6 +110,9 @@ inline float16 narrow<float16>(float x) {
 
 // dst[i] = widen(src[i]), contiguous on both sides.
 inline void widen_run(float* dst, const float* src, int64_t n) { copy_run(dst, src, n); }
+inline void widen_run(uint16_t* dst, const uint16_t* src, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
+}
 inline void widen_run(double* dst, const double* src, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = src[i];
 }

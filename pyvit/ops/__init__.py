@@ -3,5 +3,16 @@ gradients. The kernels behind them are in csrc/ and kernels/."""
 
 from pyvit.ops.conv2d import conv2d
 from pyvit.ops.patch_embed import patch_embed
+from pyvit.ops.projected_step import projected_step
+from pyvit.ops.topk_attention import attention_with_penalty, topk_attention
+from pyvit.ops.unfold import fold, unfold
 
-__all__ = ["conv2d", "patch_embed"]
+__all__ = [
+    "attention_with_penalty",
+    "conv2d",
+    "fold",
+    "patch_embed",
+    "projected_step",
+    "topk_attention",
+    "unfold",
+]
