@@ -39,7 +39,8 @@ OURS = "ours"
 class Options:
     """What a run was asked for; ``cases()`` may shrink or extend its list by it."""
 
-    quick: bool = False  # small batches, few rounds: a smoke test and no measurement
+    quick: bool = False  # small batches, fewest rounds: a smoke test and no measurement
+    seconds: float = 3.0  # time spent on a row's rounds, agreement and set-up aside
     compile: bool = False  # torch.compile'd peers too; each costs a compilation
 
 
@@ -135,7 +136,7 @@ def measure(case: Case, row: Row, options: Options) -> Result:
     for name, call in callables.items():
         if (peak := memory.peak_of(call)) is not None:
             result.peak_bytes[name] = peak
-    samples = _in_turns(callables, *((0.1, 3) if options.quick else (3.0, 5)))
+    samples = _in_turns(callables, *((0.0, 3) if options.quick else (options.seconds, 5)))
     result.rounds = len(samples[OURS])
     for name, times in samples.items():
         result.seconds[name] = statistics.median(times)

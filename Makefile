@@ -1,0 +1,89 @@
+# Every target does its own set-up: a .venv, torch, the compiled kernels. What it needs beforehand
+# is Python 3.10 or later (with venv), a C++ compiler and make.
+#
+#   PYTHON       the interpreter that .venv is made with
+#   TORCH        what is installed where PYTHON has no torch that is new enough
+#   TORCH_INDEX  package index to take it from. On Linux the common index has a torch of several
+#                gigabytes, with CUDA; PyTorch's own index has one for the CPU (pytorch.org,
+#                "Get started", Compute platform: CPU, shows its address).
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+NEW_ENOUGH := import torch; v = torch.__version__.split("+")[0].split(".")[:2]; \
+	raise SystemExit(tuple(map(int, v)) < (2, 11))
+OPS := unfold conv2d patch_embed topk_attention projected_step
+SANITIZED := build/sanitize/lib
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint asan wheel gpu clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## train, attack and compare on real images; writes demo.png
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.dev ## every test (ARGS="-k conv2d" for some)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+bench: $(VENV)/.bench ## every kernel against PyTorch; writes bench.json and bench.png
+	$(BIN)/python -m pyvit bench --json bench.json --plot bench.png $(ARGS)
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Built into a folder of its own, which stands before the checkout on the path (the pytest script,
+# unlike python -m pytest, leaves the working directory off it). Under AddressSanitizer memory
+# figures mean nothing and compilers started by torch.compile are slow: those tests stay out.
+asan: $(VENV)/.dev ## op tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	PYVIT_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
+	export PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"; \
+	cd tests && \
+	../$(BIN)/python -c 'import pyvit._C as c; assert c.build_info()["sanitized"], c.__file__' && \
+	../$(BIN)/pytest -p no:cacheprovider $(OPS:%=test_%.py) -k "not compile and not memory" $(ARGS)
+
+wheel: $(VENV)/.torch ## a wheel in dist/
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+gpu: $(VENV)/.dev ## GPU build, tests and benchmarks (none in this version)
+	@$(BIN)/python -m pyvit info
+	@echo "This version has no GPU kernels: there is nothing to build or to measure on a GPU yet."
+
+clean: ## remove what the other targets made, .venv too
+	rm -rf $(VENV) build dist pyvit.egg-info pyvit/*.so demo.png bench.json bench.png
+
+# A torch that PYTHON already has is used, not installed again.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON) is older than 3.10: make PYTHON=/path/to/python3.12 ..."; exit 1; }
+	@flag=; if $(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null; then flag=--system-site-packages; fi; \
+	echo "making $(VENV)"; $(PYTHON) -m venv $$flag $(VENV) || \
+	    { echo "python3 -m venv failed. To mend it: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null || { echo "installing $(TORCH)"; \
+	$(PIP) install $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)); }
+	$(PIP) install 'setuptools>=77' wheel 'pybind11>=2.13' ninja numpy
+	@touch $@
+
+# .demo, .bench, .dev: the kernels are built and the extra of that name is installed.
+$(VENV)/.demo $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+	@echo "building the kernels (a few minutes the first time) and installing what $* needs"
+	$(PIP) install --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.peers
+
+$(VENV)/.peers: $(VENV)/.torch tests/requirements-nodeps.txt
+	$(PIP) install --no-deps --requirement tests/requirements-nodeps.txt
+	@touch $@
