@@ -1,0 +1,429 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyvit.ops import projected_step
+from pyvit.reference.projected_step import projected_step as reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_allocations")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NORMS = ("linf", "l2", "l1")
+SHAPES = [(3, 3, 17, 19), (2, 3, 160, 140), (4, 33), (5,), (1, 2, 1, 3, 4), (2, 1, 1, 1)]
+
+
+def tensors(shape, dtype=torch.float32):
+    """(x, grad, x0, momentum): x near x0, some pixels of each at the bounds."""
+    x0 = (torch.rand(shape) * 1.2 - 0.1).clamp(0, 1)
+    x = (x0 + 0.02 * torch.randn(shape)).clamp(0, 1)
+    grad = torch.randn(shape) * (torch.rand(shape) > 0.1)
+    return tuple(t.to(dtype) for t in (x, grad, x0, torch.randn(shape)))
+
+
+def sizes(norm, shape):
+    """A step and a radius at which some images leave the ball and others don't."""
+    pixels = math.prod(shape[1:])
+    eps = {"linf": 8 / 255, "l2": 0.02 * math.sqrt(pixels), "l1": 0.012 * pixels}[norm]
+    return dict(norm=norm, step_size=eps / 4, eps=eps)
+
+
+def eager_chain(x, grad, x0, step_size, eps, targeted):
+    """torchattacks' lines, which pyvit promises bit for bit."""
+    grad = -grad if targeted else grad
+    adv = x + step_size * grad.sign()
+    delta = torch.clamp(adv - x0, min=-eps, max=eps)
+    return torch.clamp(x0 + delta, min=0, max=1)
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linf_is_the_eager_chain_bit_for_bit(dtype, shape, targeted):
+    x, grad, x0, _ = tensors(shape, dtype)
+    for step_size, eps in ((2 / 255, 8 / 255), (0.3, 0.1), (1e-3, 0.0), (0.0, 0.5), (3.0, 3.0)):
+        ours = projected_step(
+            x, grad, x0, norm="linf", step_size=step_size, eps=eps, targeted=targeted
+        )
+        assert torch.equal(ours, eager_chain(x, grad, x0, step_size, eps, targeted))
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linf_of_every_16_bit_pattern(dtype):
+    """Rounding, subnormals, infinities and signed zeros as in PyTorch, 65536 numbers at once."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    x = bits.view(dtype if dtype.itemsize == 2 else torch.bfloat16).to(dtype).reshape(4, -1)
+    grad, x0 = torch.randn(x.shape).to(dtype), torch.rand(x.shape).to(dtype)
+    ours = projected_step(x, grad, x0, norm="linf", step_size=0.01, eps=0.03)
+    theirs = eager_chain(x, grad, x0, 0.01, 0.03, False)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    ours = projected_step(x0, x, x0, norm="linf", step_size=0.01, eps=0.03)
+    assert torch.equal(ours, eager_chain(x0, x, x0, 0.01, 0.03, False))
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linf_raw_step_is_the_eager_chain_bit_for_bit(dtype):
+    x, grad, x0, _ = tensors((3, 3, 17, 19), dtype)
+    options = dict(norm="linf", step_size=0.013, eps=8 / 255, step="raw")
+    ours = projected_step(x, grad, x0, **options)
+    assert torch.equal(ours, reference(x, grad, x0, **options))
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("step", ["sign", "raw"])
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_l2_and_l1_against_float64(dtype, shape, norm, step):
+    x, grad, x0, _ = tensors(shape, dtype)
+    for targeted in (False, True):
+        options = sizes(norm, shape) | dict(targeted=targeted, step=step, quantile=0.7)
+        ours = projected_step(x, grad, x0, **options)
+        theirs = reference(x, grad, x0, **options)
+        truth = reference(x.double(), grad.double(), x0.double(), **options)
+        if dtype is torch.float64:
+            # The reference's own roundings are as large as ours: four, of numbers up to 1 or
+            # to the longest move.
+            largest = max(1.0, options["step_size"] * float(grad.abs().max()))
+            assert float((ours - truth).abs().max()) <= 4 * torch.finfo(dtype).eps * largest
+        else:
+            assert_as_accurate(ours, theirs, truth, 2)
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_momentum(dtype, norm):
+    x, grad, x0, before = tensors((3, 3, 150, 40), dtype)
+    options = sizes(norm, x.shape) | dict(targeted=True)
+    y, after = projected_step(x, grad, x0, momentum=before, decay=0.9, **options)
+    exact = grad.double() / grad.double().abs().mean((1, 2, 3), keepdim=True)
+    truth = exact + 0.9 * before.double()
+    eager = grad / grad.abs().mean((1, 2, 3), keepdim=True) + before * 0.9
+    assert_as_accurate(after, eager, truth, 2, "momentum")
+    assert torch.equal(y, projected_step(x, after, x0, **options))
+
+
+@pytest.mark.accuracy
+def test_sums_survive_the_ends_of_the_range():
+    """A gradient of 1e30 or 1e-30 points where it points: powers of two change nothing."""
+    x, grad, x0, before = tensors((3, 3, 20, 20))
+    for scale in (2.0**100, 2.0**-100, 2.0**-140):
+        for norm in ("l2", "l1"):
+            usual = projected_step(x, grad, x0, **sizes(norm, x.shape))
+            scaled = projected_step(x, grad * scale, x0, **sizes(norm, x.shape))
+            # Near the smallest float32 the scaled gradient itself has lost digits.
+            tolerance = 2e-7 if scale > 1e-38 else 1e-3
+            assert float((scaled - usual).abs().max()) <= tolerance
+        options = sizes("linf", x.shape) | dict(momentum=before)
+        _, usual = projected_step(x, grad, x0, **options)
+        _, scaled = projected_step(x, grad * scale, x0, **options)
+        tolerance = 1e-6 if scale > 1e-38 else 1e-2
+        assert float((scaled - usual).abs().max()) <= tolerance
+
+
+def test_zero_gradient_moves_nothing_and_makes_no_nan():
+    x, _, x0, before = tensors((3, 3, 9, 9))
+    for norm in NORMS:
+        options = dict(norm=norm, step_size=0.1, eps=1e3)
+        y = projected_step(x, torch.zeros_like(x), x0, **options)
+        assert float((y - x).abs().max()) <= 1.2e-7  # x0 + (x - x0) rounds twice
+        y, after = projected_step(x, torch.zeros_like(x), x0, momentum=before, decay=0.5, **options)
+        assert torch.equal(after, 0.5 * before)
+        assert torch.isfinite(y).all()
+
+
+def test_l1_keeps_exactly_the_wanted_pixels():
+    x0 = torch.full((2, 10), 0.5)
+    grad = torch.tensor([[3.0, -1, 2, 2, -2, 2, 0, 0, 0.5, 1], [0, 0, 0, 0, 7, 0, 0, 0, 0, 0]])
+    options = dict(norm="l1", step_size=0.3, eps=1.0, quantile=0.7)
+    moved = projected_step(x0, grad, x0, **options) - x0
+    expected = torch.zeros(2, 10)
+    expected[0, [0, 2, 3]] = 0.1  # of four ties the first two
+    expected[1, 4] = 0.3  # the only one with a gradient takes the whole step
+    torch.testing.assert_close(moved, expected, rtol=0, atol=6e-8)
+    blocked = x0.clone()
+    blocked[0, 0], blocked[0, 4] = 1.0, 0.0  # at the bound that their gradient points at
+    moved = projected_step(blocked, grad, blocked, **options) - blocked
+    expected[0] = torch.tensor([0, 0, 0.1, 0.1, 0, 0.1, 0, 0, 0, 0])
+    torch.testing.assert_close(moved, expected, rtol=0, atol=6e-8)
+
+
+def test_l1_projection_uses_the_whole_ball_within_the_bounds():
+    """Nearest point of ball ∩ bounds: what a bound cuts off is spent on other pixels."""
+    x0 = torch.tensor([[0.9, 0.5, 0.5]])
+    grad = torch.tensor([[1.0, 1.0, 1.0]])
+    y = projected_step(x0, grad, x0, norm="l1", step_size=0.9, eps=0.5, quantile=0.0)
+    torch.testing.assert_close(y, torch.tensor([[1.0, 0.7, 0.7]]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    norm=st.sampled_from(NORMS),
+    eps=st.floats(0, 3),
+    step_size=st.floats(0, 3),
+    targeted=st.booleans(),
+    step=st.sampled_from(["sign", "raw"]),
+    quantile=st.floats(0, 0.99),
+    seed=st.integers(0, 2**31),
+)
+def test_stays_in_ball_and_bounds(shape, norm, eps, step_size, targeted, step, quantile, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, grad, x0 = (torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    grad = grad - 0.5
+    options = dict(norm=norm, step_size=step_size, eps=eps, targeted=targeted, step=step)
+    y = projected_step(x, grad, x0, quantile=quantile, **options)
+    order = {"linf": math.inf, "l2": 2, "l1": 1}[norm]
+    distance = torch.linalg.vector_norm((y - x0).reshape(shape[0], -1), order, dim=1)
+    assert bool((distance <= eps + 1e-12).all())
+    assert bool(((y >= 0) & (y <= 1)).all())
+    truth = reference(x, grad, x0, quantile=quantile, **options)
+    assert float((y - truth).abs().max()) <= 1e-12
+
+
+LAYOUTS = {
+    "nchw": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": lambda t: torch.cat([t, t], 3)[..., : t.shape[3]],
+    "every second": lambda t: t.repeat_interleave(2, 3)[..., ::2],
+    "batch last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+}
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize(
+    "norm, dtype",
+    [
+        *[(norm, torch.float32) for norm in NORMS],
+        # L1 not: bfloat16 gradients tie, and ties are resolved in the order of memory.
+        *[(norm, torch.bfloat16) for norm in ("linf", "l2")],
+    ],
+    ids=str,
+)
+def test_any_layout(norm, dtype):
+    arguments = tensors((3, 3, 21, 37), dtype)
+    options = sizes(norm, arguments[0].shape) | dict(quantile=0.9)
+    x, grad, x0, before = arguments
+    contiguous = projected_step(x, grad, x0, momentum=before, **options)
+    truth = [t.double() for t in contiguous]
+    for name, layout in LAYOUTS.items():
+        for other in LAYOUTS.values():
+            x, grad, x0, before = (f(t) for f, t in zip((layout, other, layout, other), arguments))
+            y, after = projected_step(x, grad, x0, momentum=before, **options)
+            if norm == "linf":
+                assert torch.equal(y, contiguous[0]), name
+            assert_as_accurate(y, contiguous[0], truth[0], 2, name)
+            assert_as_accurate(after, contiguous[1], truth[1], 2, name)
+            if name in ("nchw", "channels_last", "transposed", "batch last"):
+                assert y.stride() == x.stride(), name
+
+
+def test_expanded_inputs():
+    x0 = torch.rand(1, 3, 8, 8).expand(4, -1, -1, -1)
+    grad = torch.randn(4, 1, 1, 8).expand(-1, 3, 8, -1)
+    for norm in NORMS:
+        y = projected_step(x0, grad, x0, norm=norm, step_size=0.1, eps=0.05)
+        copies = (x0.contiguous(), grad.contiguous(), x0.contiguous())
+        expected = projected_step(*copies, norm=norm, step_size=0.1, eps=0.05)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1.2e-7)
+
+
+@pytest.mark.accuracy
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", [(7, 3, 100, 90), (3, 5, 8, 8), (2, 3, 200, 200)], ids=str)
+def test_repeatable_and_batch_invariant(shape, layout, norm):
+    arguments = [LAYOUTS[layout](t) for t in tensors(shape)]
+    arguments[1] = LAYOUTS["nchw"](arguments[1].contiguous())
+    options = sizes(norm, shape) | dict(decay=0.7)
+
+    def step(images=slice(None)):
+        x, grad, x0, before = (t[images] for t in arguments)
+        return projected_step(x, grad, x0, momentum=before, **options)
+
+    first = step()
+    assert all(torch.equal(a, b) for a, b in zip(first, step()))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(first, step())), "depends on threads"
+    finally:
+        torch.set_num_threads(threads)
+    for i in range(shape[0]):
+        one = slice(i, i + 1)
+        assert all(torch.equal(a[one], b) for a, b in zip(first, step(one)))
+    backwards = step(torch.arange(shape[0] - 1, -1, -1))
+    assert torch.equal(first[1].flip(0), backwards[1])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_nan_stays_in_its_image(norm):
+    x, grad, x0, before = tensors((3, 3, 70, 90))
+    options = sizes(norm, x.shape)
+    clean = projected_step(x, grad, x0, momentum=before, **options)
+    plain = projected_step(x, grad, x0, **options)
+    for poisoned in (x, grad, x0):
+        kept = poisoned[1, 0, 5, 5].item()
+        poisoned[1, 0, 5, 5] = float("nan")
+        with_momentum = projected_step(x, grad, x0, momentum=before, **options)
+        without = projected_step(x, grad, x0, **options)
+        for ours, expected in zip((*with_momentum, without), (*clean, plain)):
+            assert torch.equal(ours[[0, 2]], expected[[0, 2]])
+        if norm != "linf":
+            assert without[1].isnan().all()
+        elif poisoned is grad:  # sign(NaN) is 0: the pixel stays, the others move
+            assert without[1, 0, 5, 5] == torch.clamp(x[1, 0, 5, 5], 0, 1)
+        else:
+            assert without.isnan().sum() == 1
+        poisoned[1, 0, 5, 5] = kept
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_value_an_image(norm):
+    x, grad, x0, _ = tensors((4, 3, 9, 9))
+    steps = torch.tensor([0.01, 0.3, 0.0, 0.5])
+    eps = torch.tensor([0.5, 0.01, 1.0, math.inf])
+    together = projected_step(x, grad, x0, norm=norm, step_size=steps, eps=eps)
+    for i in range(4):
+        one = (x[i : i + 1], grad[i : i + 1], x0[i : i + 1])
+        alone = projected_step(*one, norm=norm, step_size=float(steps[i]), eps=float(eps[i]))
+        assert torch.equal(together[i : i + 1], alone)
+    mixed = projected_step(x, grad, x0, norm=norm, step_size=steps.double()[:, None][:, 0], eps=0.2)
+    for i in range(4):
+        one = (x[i : i + 1], grad[i : i + 1], x0[i : i + 1])
+        alone = projected_step(*one, norm=norm, step_size=float(steps[i]), eps=0.2)
+        assert torch.equal(mixed[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_without_a_ball(norm):
+    x, grad, x0, _ = tensors((2, 3, 9, 9))
+    options = dict(norm=norm, step_size=0.4, eps=math.inf, bounds=(-math.inf, math.inf))
+    y = projected_step(x, grad, torch.rand_like(x0), **options)
+    if norm == "linf":
+        assert torch.equal(y, x + 0.4 * grad.sign())
+    length = torch.linalg.vector_norm((y - x).flatten(1), 2 if norm == "l2" else 1, dim=1)
+    if norm != "linf":
+        torch.testing.assert_close(length, torch.full_like(length, 0.4), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4), (0,)], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+def test_empty(norm, shape):
+    x = torch.rand(shape)
+    y, after = projected_step(x, x, x, norm=norm, step_size=0.1, eps=0.1, momentum=x)
+    assert y.shape == after.shape == x.shape
+    steps = torch.zeros(shape[0])
+    assert projected_step(x, x, x, norm=norm, step_size=steps, eps=steps).shape == x.shape
+
+
+def test_arguments_stay_and_no_graph_is_made():
+    arguments = [t.requires_grad_() for t in tensors((2, 3, 9, 9))]
+    copies = [t.detach().clone() for t in arguments]
+    x, grad, x0, before = arguments
+    for norm in NORMS:
+        y, after = projected_step(x, grad, x0, norm=norm, step_size=0.1, eps=0.2, momentum=before)
+        assert not y.requires_grad and not after.requires_grad
+        assert not projected_step(x, grad, x0, norm=norm, step_size=0.1, eps=0.2).requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(arguments, copies))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
+def test_opcheck(layout):
+    x, grad, x0, before = (LAYOUTS[layout](t) for t in tensors((2, 3, 9, 8)))
+    steps = torch.full((2,), 0.1, dtype=torch.float64)
+    operations = torch.ops.pyvit
+    for norm in range(3):
+        arguments = (x, grad, x0, norm, False, True, 0.1, 0.2, None, steps, 0.0, 1.0, 0.9)
+        torch.library.opcheck(operations.projected_step.default, arguments)
+        arguments += (before, 0.5)
+        torch.library.opcheck(operations.projected_step_momentum.default, arguments)
+
+
+def test_compile():
+    x, grad, x0, before = tensors((2, 3, 9, 9))
+
+    def step(x, grad, x0, before):
+        y, after = projected_step(
+            x, grad * 2, x0, norm="linf", step_size=0.01, eps=0.02, momentum=before
+        )
+        return y * 2, after
+
+    compiled = torch.compile(step, fullgraph=True)
+    for eager, graph in zip(step(x, grad, x0, before), compiled(x, grad, x0, before)):
+        torch.testing.assert_close(graph, eager)
+
+
+def test_meta_tensors():
+    x = torch.empty(2, 3, 8, 8, device="meta").to(memory_format=torch.channels_last)
+    y = projected_step(x, x, x, norm="l2", step_size=0.1, eps=0.1)
+    assert y.shape == x.shape and y.stride() == x.stride() and y.device.type == "meta"
+
+
+BAD_CALLS = {
+    "x is a number": (TypeError, "x", dict(x=0.5)),
+    "x of integers": (TypeError, "x", dict(x=torch.zeros(2, 3, dtype=torch.uint8))),
+    "x without a batch": (ValueError, "x", dict(x=torch.tensor(0.5))),
+    "x sparse": (NotImplementedError, "x", dict(x=torch.zeros(2, 3).to_sparse())),
+    "grad missing": (TypeError, "grad", dict(grad=None)),
+    "grad of another dtype": (TypeError, "grad", dict(grad=torch.zeros(2, 3).half())),
+    "grad of another shape": (ValueError, "grad", dict(grad=torch.zeros(2, 4))),
+    "grad to be broadcast": (ValueError, "grad", dict(grad=torch.zeros(1, 3))),
+    "grad on another device": (ValueError, "grad", dict(grad=torch.zeros(2, 3, device="meta"))),
+    "x0 of another shape": (ValueError, "x0", dict(x0=torch.zeros(3, 2))),
+    "x0 of another dtype": (TypeError, "x0", dict(x0=torch.zeros(2, 3).double())),
+    "momentum is a number": (TypeError, "momentum", dict(momentum=0.9)),
+    "momentum of another shape": (ValueError, "momentum", dict(momentum=torch.zeros(2, 1))),
+    "norm unknown": (ValueError, "norm", dict(norm="Linf")),
+    "norm is a number": (ValueError, "norm", dict(norm=2)),
+    "step_size negative": (ValueError, "step_size", dict(step_size=-0.1)),
+    "step_size NaN": (ValueError, "step_size", dict(step_size=math.nan)),
+    "step_size infinite": (ValueError, "step_size", dict(step_size=math.inf)),
+    "step_size a text": (TypeError, "step_size", dict(step_size="2/255")),
+    "step_size of another batch": (ValueError, "step_size", dict(step_size=torch.zeros(3))),
+    "step_size of two dimensions": (ValueError, "step_size", dict(step_size=torch.zeros(2, 1))),
+    "step_size of integers": (
+        TypeError,
+        "step_size",
+        dict(step_size=torch.zeros(2, dtype=torch.int64)),
+    ),
+    "eps negative": (ValueError, "eps", dict(eps=-1)),
+    "eps NaN": (ValueError, "eps", dict(eps=math.nan)),
+    "eps missing": (TypeError, "eps", dict(eps=None)),
+    "eps on another device": (ValueError, "eps", dict(eps=torch.zeros(2, device="meta"))),
+    "bounds is a number": (TypeError, "bounds", dict(bounds=1.0)),
+    "bounds of three": (TypeError, "bounds", dict(bounds=(0, 1, 2))),
+    "bounds of texts": (TypeError, "bounds", dict(bounds=("0", "1"))),
+    "bounds the wrong way round": (ValueError, "bounds", dict(bounds=(1.0, 0.0))),
+    "bounds NaN": (ValueError, "bounds", dict(bounds=(math.nan, 1.0))),
+    "targeted is a number": (TypeError, "targeted", dict(targeted=1)),
+    "decay NaN": (ValueError, "decay", dict(decay=math.nan)),
+    "step unknown": (ValueError, "step", dict(step="gradient")),
+    "quantile 1": (ValueError, "quantile", dict(quantile=1.0)),
+    "quantile negative": (ValueError, "quantile", dict(quantile=-0.1)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_name_the_argument(case):
+    error, argument, changed = BAD_CALLS[case]
+    arguments = dict(
+        x=torch.zeros(2, 3),
+        grad=torch.zeros(2, 3),
+        x0=torch.zeros(2, 3),
+        norm="linf",
+        step_size=0.1,
+        eps=0.1,
+    )
+    with pytest.raises(error, match=rf"pyvit\.projected_step: `{argument}` must be .*; got "):
+        projected_step(**(arguments | changed))
