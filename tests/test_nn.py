@@ -47,6 +47,7 @@ def twins(args: tuple, keywords: dict, dtype: torch.dtype) -> tuple[Conv2d, nn.C
     return ours, nn.Conv2d(*args, **keywords, dtype=dtype)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 @pytest.mark.parametrize(("args", "keywords", "size"), CONVS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_conv2d_is_torchs(args, keywords, size, dtype):
@@ -108,10 +109,11 @@ def test_manners(make, size):
     assert layer.bfloat16()(x.bfloat16()).dtype is torch.bfloat16
 
 
-def test_patch_conv2d_is_the_convolution_and_a_view_of_tokens():
-    layer = PatchConv2d(3, 8, 4).double()
-    x = torch.randn(2, 3, 14, 9, dtype=torch.float64)  # two rows and one column left over
-    expected = F.conv2d(x, layer.weight, layer.bias, stride=4)
+@pytest.mark.parametrize("patch", [4, (2, 4), 1])
+def test_patch_conv2d_is_the_convolution_and_a_view_of_tokens(patch):
+    layer = PatchConv2d(3, 8, patch).double()
+    x = torch.randn(2, 3, 15, 9, dtype=torch.float64)  # rows and columns are left over
+    expected = F.conv2d(x, layer.weight, layer.bias, stride=patch)
     out = layer(x)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer(x[0]), expected[0], rtol=1e-12, atol=1e-12)
@@ -150,6 +152,14 @@ def test_patch_embed_fuses_all_and_passes_every_gradient():
     theirs = torch.autograd.grad(expected.sin().sum(), wanted)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_patch_embed_takes_oblong_patches_and_leaves_pixels_over():
+    layer = PatchEmbed((9, 13), (2, 4), 3, 16)
+    assert layer.grid_size == (4, 3)
+    image = torch.rand(2, 3, 9, 13)
+    expected = F.conv2d(image, layer.proj.weight, layer.proj.bias, stride=(2, 4))
+    torch.testing.assert_close(layer(image), expected.flatten(2).transpose(1, 2))
 
 
 def test_patch_embed_takes_bytes():

@@ -87,7 +87,7 @@ class VisionTransformer(nn.Module):
 
     Args:
         img_size: pixels, an int or (height, width), at least one patch.
-        patch_size: pixels, P.
+        patch_size: pixels, an int or (height, width).
         in_chans: C.
         num_classes: 0 leaves the head out: the result is ``[B, embed_dim]``.
         global_pool: "token", the class token after the last norm; "avg", the mean of the patches'
@@ -112,7 +112,7 @@ class VisionTransformer(nn.Module):
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
+        patch_size: int | tuple[int, int] = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",

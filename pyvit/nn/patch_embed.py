@@ -16,23 +16,25 @@ _NAME = "nn.PatchEmbed"
 class PatchEmbed(nn.Module):
     """Normalise, cut into patches, project, add positions, prepend the class token: one kernel.
 
-    State-dict keys are timm's: ``proj.weight`` ``[D, C, P, P]`` and ``proj.bias`` ``[D]``. The
+    State-dict keys are timm's: ``proj.weight`` ``[D, C, Ph, Pw]`` and ``proj.bias`` ``[D]``. The
     position and the class token belong to the model, which hands them to ``forward``.
     Hooks go on this layer: its ``proj`` holds the parameters and is not called.
 
     Args:
         img_size: pixels, an int or (height, width); None takes images of any size.
-        patch_size: P, in pixels.
+        patch_size: pixels, an int or (height, width).
         in_chans: C.
         embed_dim: D.
         bias: add a learned bias.
         mean, std: per-channel normalisation ``(image - mean) / std``, folded into the kernel;
-            None leaves the image as it is. They are not in the state dict.
+            None leaves the image as it is. Buffers outside the state dict; a layer cast to half
+            precision rounds them.
 
     Shapes: image ``[B, C, H, W]``, floating or uint8 (scaled by 1/255); result ``[B, N, D]``, or
-    ``[B, N+1, D]`` with a class token; N = (H // P) · (W // P).
+    ``[B, N+1, D]`` with a class token; N = (H // Ph) · (W // Pw)
+    (pixels beyond the last whole patch are ignored).
     Errors: ``TypeError`` or ``ValueError`` naming the layer and the argument.
-    Cost: 2·B·N·C·P²·D FLOPs; see :func:`pyvit.patch_embed`.
+    Cost: 2·B·N·C·Ph·Pw·D FLOPs; see :func:`pyvit.patch_embed`.
     """
 
     mean: Tensor | None
@@ -41,7 +43,7 @@ class PatchEmbed(nn.Module):
     def __init__(
         self,
         img_size: int | tuple[int, int] | None = 224,
-        patch_size: int = 16,
+        patch_size: int | tuple[int, int] = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
         bias: bool = True,
@@ -53,7 +55,7 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         # timm's names for the same facts, which models around this layer read.
-        self.patch_size = (_checks.integer(_NAME, "patch_size", patch_size, minimum=1),) * 2
+        self.patch_size = _checks.pair(_NAME, "patch_size", patch_size, minimum=1)
         _checks.integer(_NAME, "in_chans", in_chans, minimum=1)
         _checks.integer(_NAME, "embed_dim", embed_dim, minimum=1)
         self.set_input_size(img_size)
@@ -67,10 +69,12 @@ class PatchEmbed(nn.Module):
         self.img_size = self.grid_size = self.num_patches = None
         if img_size is None:
             return
-        patch = self.patch_size[0]
-        self.img_size = _checks.pair(_NAME, "img_size", img_size, minimum=patch)
-        self.grid_size = (self.img_size[0] // patch, self.img_size[1] // patch)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        height, width = _checks.pair(_NAME, "img_size", img_size, minimum=1)
+        grid = (height // self.patch_size[0], width // self.patch_size[1])
+        if 0 in grid:
+            wanted = f"at least as large as a patch, {self.patch_size}"
+            _checks.fail(ValueError, _NAME, "img_size", wanted, (height, width))
+        self.img_size, self.grid_size, self.num_patches = (height, width), grid, grid[0] * grid[1]
 
     def forward(
         self, image: Tensor, pos_embed: Tensor | None = None, cls_token: Tensor | None = None

@@ -80,7 +80,8 @@ def replace_layers(
     Args:
         conv: every ``torch.nn.Conv2d`` that is not a patch embedding -> :class:`Conv2d`.
         patch_embed: the projections inside patch embeddings (timm's ``PatchEmbed.proj``,
-            torchvision's ``conv_proj``, Hugging Face's ``projection``) -> :class:`PatchConv2d`.
+            torchvision's ``conv_proj``, Hugging Face's ``projection``) -> :class:`PatchConv2d`,
+            which has no second derivative.
         attention: None leaves attention alone. A dict swaps timm's ``Attention`` ->
             :class:`TopKAttention` and ``torch.nn.MultiheadAttention`` ->
             :class:`TopKMultiheadAttention`; its keys are "topk" (an int for all layers, a list
@@ -215,9 +216,6 @@ def _why_not(module: nn.Module, expected: type[nn.Module]) -> str | None:
 
 
 def _why_not_patches(conv: nn.Conv2d) -> str | None:
-    height, width = conv.kernel_size
-    if height != width:
-        return "its patches are not square"
     if conv.stride != conv.kernel_size or conv.dilation != (1, 1) or conv.groups != 1:
         return "its patches overlap, have holes or are grouped"
     return None if conv.padding in ((0, 0), "valid") else "it pads the image"
