@@ -18,6 +18,7 @@
 #include "conv2d_patches.h"
 #include "conv2d_scatter.h"
 #include "gemm.h"
+#include "pixel_group.h"
 #include "transpose.h"
 
 namespace pyvit {
@@ -105,18 +106,8 @@ void pack_patch_strips(Compute<S>* dst, const PatchSource<S>& source, int64_t k0
                        int64_t n0, int64_t nb) {
   using T = Compute<S>;
   constexpr int NR = Panel<T>::NR;
-  for (int64_t j = 0; j < nb; j += NR, dst += kb * NR) {
-    PixelRun runs[NR];
-    int count = 0;
-    const int64_t width = std::min<int64_t>(NR, nb - j);
-    for_each_run(source.grid, n0 + j, width, [&](const PixelRun& run) { runs[count++] = run; });
-    PlanarIndex index(source, k0);
-    for (int64_t k = 0; k < kb; ++k, index.next(source)) {
-      T* row = dst + k * NR;
-      for (int r = 0; r < count; ++r) copy_pixels(row + runs[r].at, source, index, runs[r]);
-      for (int64_t i = width; i < NR; ++i) row[i] = T(0);
-    }
-  }
+  for (int64_t j = 0; j < nb; j += NR, dst += kb * NR)
+    copy_pixel_group(dst, NR, source, k0, kb, n0 + j, std::min<int64_t>(NR, nb - j));
 }
 
 template <class S>

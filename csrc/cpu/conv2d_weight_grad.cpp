@@ -7,6 +7,7 @@
 
 #include "conv2d_patches.h"
 #include "gemm.h"
+#include "pixel_group.h"
 #include "split_sum.h"
 #include "transpose.h"
 
@@ -67,11 +68,11 @@ template <class S>
 void pack_patch_element_rows(Compute<S>* dst, const PatchSource<S>& source, int64_t m0, int64_t mb,
                              int64_t k0, int64_t kb) {
   using T = Compute<S>;
-  for_each_run(source.grid, k0, kb, [&](const PixelRun& run) {
-    PlanarIndex index(source, m0);
-    for (int64_t m = 0; m < mb; ++m, index.next(source))
-      copy_pixels(dst + m * Panel<T>::lda + run.at, source, index, run);
-  });
+  constexpr int NR = Panel<T>::NR;
+  static_assert(Panel<T>::KC % NR == 0);  // a whole last group stays inside the row of A
+  for (int64_t k = 0; k < kb; k += NR)
+    copy_pixel_group(dst + k, Panel<T>::lda, source, m0, mb, k0 + k,
+                     std::min<int64_t>(NR, kb - k));
 }
 
 template <class S>

@@ -97,10 +97,48 @@ inline T reduce_add(Vec<T> v) {
   return lane[0];
 }
 
+// Masks over the lanes of Vec<float>. A masked load does not touch memory where the mask is off.
 #if defined(__AVX512F__)
+#define PYVIT_HAS_LANE_MASKS 1
+using LaneMask = __mmask16;
 // The mask of the first n lanes; n may lie outside [0, 16].
-inline __mmask16 first_lanes(int64_t n) {
+inline LaneMask first_lanes(int64_t n) {
   return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1);
+}
+inline LaneMask lanes_between(int64_t begin, int64_t end) {
+  return first_lanes(end) & ~first_lanes(begin);
+}
+// Lanes of p where the mask is on, of `other` elsewhere.
+inline Vec<float> load_masked(Vec<float> other, LaneMask mask, const float* p) {
+  return (Vec<float>)_mm512_mask_loadu_ps((__m512)other, mask, p);
+}
+inline Vec<float> select(LaneMask mask, Vec<float> on, Vec<float> off) {
+  return (Vec<float>)_mm512_mask_mov_ps((__m512)off, mask, (__m512)on);
+}
+// Lanes 0, 2, 4, … of a, then of b.
+inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
+  const __m512i even =
+      _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  return (Vec<float>)_mm512_permutex2var_ps((__m512)a, even, (__m512)b);
+}
+#elif defined(__AVX2__)
+#define PYVIT_HAS_LANE_MASKS 1
+using LaneMask = __m256i;
+inline LaneMask lanes_between(int64_t begin, int64_t end) {
+  const auto clamp = [](int64_t n) { return static_cast<int>(n < 0 ? 0 : n > 8 ? 8 : n); };
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(clamp(begin)), lane),
+                             _mm256_cmpgt_epi32(_mm256_set1_epi32(clamp(end)), lane));
+}
+inline Vec<float> select(LaneMask mask, Vec<float> on, Vec<float> off) {
+  return (Vec<float>)_mm256_blendv_ps((__m256)off, (__m256)on, _mm256_castsi256_ps(mask));
+}
+inline Vec<float> load_masked(Vec<float> other, LaneMask mask, const float* p) {
+  return select(mask, (Vec<float>)_mm256_maskload_ps(p, mask), other);
+}
+inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
+  const __m256 mixed = _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+  return (Vec<float>)_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8);
 }
 #endif
 
