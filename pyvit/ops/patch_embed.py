@@ -75,34 +75,33 @@ def _image_grad(grad, weight, std, image_size, stride, channels_last):
     return image_grad if std is None else image_grad.div_(std.reshape(-1, 1, 1))
 
 
-def _mean_and_std_grad(image_grad, image, mean, std):
-    """From normalised = (x - mean) / std, given the gradient of x. The image is given, and the
-    gradient of std returned, only where it is wanted."""
-    pixel_dtype = mean.dtype if mean is not None else std.dtype
-    image_grad = image_grad.to(pixel_dtype)
-    mean_grad = -image_grad.sum((0, 2, 3))
-    if image is None:
-        return mean_grad, None
-    pixels = image.to(pixel_dtype)
-    if image.dtype == torch.uint8:
-        pixels = pixels / 255
-    if mean is not None:
-        pixels = pixels - mean.reshape(-1, 1, 1)
-    return mean_grad, -(image_grad * pixels).sum((0, 2, 3)) / std
+# The gradients of mean and std need no image gradient. A shift of a whole channel moves each
+# feature by the sum of its weights; and Σ_patches dpatch·patch = Σ_features weight·dweight.
+
+
+def _mean_grad(patch_grad, weight, mean, std):
+    of_features = patch_grad.sum((0, 1), dtype=torch.float64)
+    shift = of_features @ weight.sum((2, 3), dtype=torch.float64)
+    return (-shift if std is None else -shift / std).to(mean.dtype)
+
+
+def _std_grad(weight_grad, weight, std):
+    products = weight_grad.double() * weight.double()
+    return (-products.sum((0, 2, 3)) / std).to(std.dtype)
 
 
 class _PatchEmbed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, weight, bias, pos_embed, cls_token, mean, std, stride):
         wants_image, wants_weight, *_, wants_mean, wants_std, _ = ctx.needs_input_grad
-        wants_pixels = wants_image or wants_mean or wants_std
+        wants_products = wants_weight or wants_std  # weight's gradient is a part of std's
         ctx.save_for_backward(
-            image if wants_weight or wants_std else None,
-            weight if wants_pixels else None,
-            mean if wants_weight or wants_mean or wants_std else None,
-            std if wants_weight or wants_pixels else None,
+            image if wants_products else None,
+            weight if wants_image or wants_mean or wants_std else None,
+            mean if wants_products or wants_mean else None,
+            std if wants_products or wants_mean or wants_image else None,
         )
-        ctx.stride, ctx.has_class = stride, cls_token is not None
+        ctx.stride, ctx.has_class, ctx.dtype = stride, cls_token is not None, weight.dtype
         ctx.image_size, ctx.weight_size = tuple(image.shape), tuple(weight.shape)
         ctx.image_last = _library.is_channels_last(image)
         ctx.weight_last = _library.is_channels_last(weight)
@@ -117,31 +116,35 @@ class _PatchEmbed(torch.autograd.Function):
         wants_image, wants_weight, wants_bias, wants_pos, wants_class, wants_mean, wants_std, _ = (
             ctx.needs_input_grad
         )
+        patch_grad = grad[:, int(ctx.has_class) :]
         image_grad = weight_grad = bias_grad = pos_grad = class_grad = None
         mean_grad = std_grad = None
-        if wants_image or wants_mean or wants_std:
+        if wants_image:
             image_grad = _image_grad(grad, weight, std, ctx.image_size, ctx.stride, ctx.image_last)
-        if wants_mean or wants_std:
-            mean_grad, std_grad = _mean_and_std_grad(
-                image_grad, image if wants_std else None, mean, std
-            )
-        if wants_weight:
-            weight_grad = torch.ops.pyvit.patch_embed_weight_grad(
-                grad, image, mean, std, ctx.weight_size, ctx.stride, ctx.weight_last
-            )
+        if wants_mean:
+            mean_grad = _mean_grad(patch_grad, weight, mean, std)
         if wants_bias:
-            bias_grad = grad[:, int(ctx.has_class) :].sum((0, 1))
+            bias_grad = patch_grad.sum((0, 1))
         if wants_pos:
             pos_grad = grad.sum(0)
         if wants_class:
             class_grad = grad[:, 0].sum(0)
+        if wants_weight or wants_std:
+            if wants_std:  # a sum of rounded products would keep little of a half's precision
+                grad = grad.to(std.dtype)
+                image = image if image.dtype == torch.uint8 else image.to(std.dtype)
+            weight_grad = torch.ops.pyvit.patch_embed_weight_grad(
+                grad, image, mean, std, ctx.weight_size, ctx.stride, ctx.weight_last
+            )
+        if wants_std:
+            std_grad = _std_grad(weight_grad, weight, std)
         return (
-            image_grad if wants_image else None,
-            weight_grad,
+            image_grad,
+            weight_grad.to(ctx.dtype) if wants_weight else None,
             bias_grad,
             pos_grad,
             class_grad,
-            mean_grad if wants_mean else None,
+            mean_grad,
             std_grad,
             None,
         )
