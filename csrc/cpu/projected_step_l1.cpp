@@ -221,7 +221,7 @@ class L1Image {
       }
       T next = static_cast<T>(f.newton);
       if (next == lambda) break;
-      if (!(low < next && next < high) || round % 4 == 3) next = low + (high - low) / 2;
+      if (!(low < next && next < high) || round % 8 == 7) next = low + (high - low) / 2;
       if (!(low < next && next < high)) {  // neighbouring numbers: stay inside the ball
         lambda = high;
         break;
