@@ -20,14 +20,16 @@ EPS, STEP = 8 / 255, 2 / 255
 
 
 def cases(options: Options) -> list[Case]:
-    batch, steps = (2, 2) if options.quick else (16, 10)
-    models: dict[str, Callable[[], nn.Module]] = {"CNN 3x64x64": small_cnn}
+    steps = 2 if options.quick else 10
+    models: list[tuple[str, Callable[[], nn.Module], int]] = [("CNN 3x64x64", small_cnn, 16)]
     if importlib.util.find_spec("timm") is not None:
-        models["ViT-Ti/16 3x224x224"] = vit_tiny
-    return [
-        Case("attacks", f"PGD-{steps}", f"{batch} images, {name}", partial(build, m, batch, steps))
-        for name, m in models.items()
-    ]
+        models.append(("ViT-Ti/16 3x224x224", vit_tiny, 4))
+    found = []
+    for name, make_model, batch in models:
+        size = 2 if options.quick else batch  # powers of two: torchattacks divides the loss by it
+        work = partial(build, make_model, size, steps)
+        found.append(Case("attacks", f"PGD-{steps}", f"{size} images, {name}", work))
+    return found
 
 
 def small_cnn() -> nn.Module:
