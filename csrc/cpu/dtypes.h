@@ -136,6 +136,7 @@ inline void widen_run(T* dst, const uint8_t* src, int64_t n) {
 }
 
 // dst[i] = narrow(src[i]), contiguous on both sides.
+inline void narrow_run(float* dst, const float* src, int64_t n) { copy_run(dst, src, n); }
 template <class S>
 inline void narrow_run(S* dst, const Compute<S>* src, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = narrow<S>(src[i]);

@@ -173,20 +173,76 @@ inline Mask<T> selected(Vec<T> s, int64_t j, const Cut<T>& cut) {
   return (s > value) | ((s == value) & (lane_numbers<T>() < static_cast<Int<T>>(ties)));
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each set of 8 lanes, their numbers in order: 8 bytes.
+struct LaneOrders {
+  uint64_t order[256];
+};
+constexpr LaneOrders make_lane_orders() {
+  LaneOrders table{};
+  for (int bits = 0; bits < 256; ++bits) {
+    int count = 0;
+    for (uint64_t lane = 0; lane < 8; ++lane)
+      if (bits >> lane & 1) table.order[bits] |= lane << (8 * count++);
+  }
+  return table;
+}
+inline constexpr LaneOrders kLaneOrders = make_lane_orders();
+#endif
+
+// Writes j plus the number of each set lane, in order; up to a vector after them is overwritten
+// too. Returns how many. Where lanes are `sparse`, half a vector nearly always holds them: whole
+// vectors written one over the other would wait for each other.
+template <class T>
+inline int append_lanes(int32_t* indices, int64_t j, uint32_t bits, [[maybe_unused]] bool sparse) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const Mask<T> lanes = lane_numbers<T>() + static_cast<int32_t>(j);
+    const __m512i packed =
+        _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)lanes);
+    const int count = __builtin_popcount(bits);
+    if (sparse && count <= 8) {
+      _mm256_storeu_si256((__m256i*)indices, _mm512_castsi512_si256(packed));
+    } else {
+      _mm512_storeu_si512(indices, packed);
+    }
+    return count;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const __m128i packed = _mm_loadl_epi64((const __m128i*)&kLaneOrders.order[bits]);
+    const __m256i lanes = _mm256_cvtepu8_epi32(packed);
+    _mm256_storeu_si256((__m256i*)indices,
+                        _mm256_add_epi32(lanes, _mm256_set1_epi32(static_cast<int>(j))));
+    return __builtin_popcount(bits);
+  }
+#endif
+  // Without a branch on the lane: which are set cannot be predicted.
+  int count = 0;
+  for (int i = 0; i < kLanes<T>; ++i) {
+    indices[count] = static_cast<int32_t>(j + i);
+    count += bits >> i & 1;
+  }
+  return count;
+}
+
 // Writes the indices of the selected scores, ascending, and the scores; returns how many. Both
 // need room for one vector more.
 template <class T>
-int64_t collect_selected(const T* s, int64_t n, const Cut<T>& cut, int32_t* indices, T* scores) {
+int64_t collect_selected(const T* s, int64_t n, int64_t k, const Cut<T>& cut, int32_t* indices,
+                         T* scores) {
+  const bool sparse = 4 * k < n;
   int64_t count = 0;
-  for (int64_t j = 0; j < n; j += kLanes<T>) {
-    const Vec<T> x = load(s + j);
-    uint32_t bits = mask_bits(selected(x, j, cut));
-    for (; bits != 0; bits &= bits - 1, ++count) {
-      const int lane = __builtin_ctz(bits);
-      indices[count] = static_cast<int32_t>(j + lane);
-      scores[count] = s[j + lane];
-    }
+  if (cut.tie_end == n) {
+    const Vec<T> value = broadcast(cut.value);
+    for (int64_t j = 0; j < n; j += kLanes<T>)
+      count += append_lanes<T>(indices + count, j, mask_bits(load(s + j) >= value), sparse);
+  } else {
+    for (int64_t j = 0; j < n; j += kLanes<T>)
+      count +=
+          append_lanes<T>(indices + count, j, mask_bits(selected(load(s + j), j, cut)), sparse);
   }
+  for (int64_t i = 0; i < count; ++i) scores[i] = s[indices[i]];
   return count;
 }
 

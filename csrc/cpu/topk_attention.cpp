@@ -9,9 +9,9 @@
 //   dP_ij = dO_i · v_j    dS_ij = scale · w_ij (dP_ij − Δ_i)    dq_i = Σ_j dS_ij k_j
 //   dk_j = Σ_i dS_ij q_i  dv_j = Σ_i w_ij dO_i
 //
-// The first line is a task for each block of queries. The second is a task for each range of
-// keys, which goes through the queries in order and adds to private rows: no two tasks write one
-// place, and the order of every sum is that of the queries, whatever the number of threads.
+// The first line is a task for each block of queries; the second for each head, or range of its
+// keys, which first lists for each key who chose it. So every sum is a gather, in the order of
+// the queries whatever the number of threads, and no two tasks write one place.
 #include <memory>
 
 #include "score_tiles.h"
@@ -47,25 +47,31 @@ inline void load_run(Vec<Compute<S>> (&x)[C], const S* p, int64_t last) {
   x[C - 1] = last == L ? load_wide(p + (C - 1) * L) : load_partial(p + (C - 1) * L, last);
 }
 
-// sum[0:dim] = Σ_n weights[n] · rows[indices[n]]; sum is padded to whole vectors.
-template <class S>
-void gather_sum(Compute<S>* sum, const Compute<S>* weights, const int32_t* indices, int64_t count,
-                Rows<S> rows, int64_t dim) {
+template <class T>
+struct Term {
+  int32_t row;
+  T factor;
+};
+
+// sum[0:dim] = Σ_n factor_n · rows[row_n], terms from term(n); sum is padded to whole vectors.
+template <class S, class F>
+void gather_sum(Compute<S>* sum, int64_t count, Rows<S> rows, int64_t dim, const F& term) {
   using T = Compute<S>;
   for_column_runs<T>(dim, [&](auto vectors, int64_t column, int64_t last) {
     constexpr int C = decltype(vectors)::value;
-    Vec<T> even[C] = {}, odd[C] = {}, x[C];
+    Vec<T> even[C] = {}, odd[C] = {};
+    auto add = [&](Vec<T>(&to)[C], const Term<T>& t) {
+      Vec<T> x[C];
+      load_run<C>(x, rows[t.row] + column, last);
+      const Vec<T> factor = broadcast(t.factor);
+      for (int c = 0; c < C; ++c) to[c] = fma(factor, x[c], to[c]);
+    };
     int64_t n = 0;
     for (; n + 2 <= count; n += 2) {
-      load_run<C>(x, rows[indices[n]] + column, last);
-      for (int c = 0; c < C; ++c) even[c] = fma(broadcast(weights[n]), x[c], even[c]);
-      load_run<C>(x, rows[indices[n + 1]] + column, last);
-      for (int c = 0; c < C; ++c) odd[c] = fma(broadcast(weights[n + 1]), x[c], odd[c]);
+      add(even, term(n));
+      add(odd, term(n + 1));
     }
-    if (n < count) {
-      load_run<C>(x, rows[indices[n]] + column, last);
-      for (int c = 0; c < C; ++c) even[c] = fma(broadcast(weights[n]), x[c], even[c]);
-    }
+    if (n < count) add(even, term(n));
     for (int c = 0; c < C; ++c) store(sum + column + c * kLanes<T>, even[c] + odd[c]);
   });
 }
@@ -89,23 +95,6 @@ void gather_products(Compute<S>* products, const Compute<S>* a, const int32_t* i
     });
     store(products + n, sum_of_each<T>(partial));
   }
-}
-
-// rows[indices[n] - first] += weights[n] · a; rows and a are padded to whole vectors.
-template <class T>
-void scatter_add(T* rows, int64_t ld, int64_t first, const T* weights, const int32_t* indices,
-                 int64_t count, const T* a, int64_t dim) {
-  for_column_runs<T>(dim, [&](auto vectors, int64_t column, int64_t) {
-    constexpr int C = decltype(vectors)::value;
-    Vec<T> x[C];
-    for (int c = 0; c < C; ++c) x[c] = load(a + column + c * kLanes<T>);
-    for (int64_t n = 0; n < count; ++n) {
-      T* row = rows + (indices[n] - first) * ld + column;
-      const Vec<T> w = broadcast(weights[n]);
-      for (int c = 0; c < C; ++c)
-        store(row + c * kLanes<T>, fma(w, x[c], load(row + c * kLanes<T>)));
-    }
-  });
 }
 
 // ---- forward ------------------------------------------------------------------------------
@@ -158,9 +147,11 @@ void forward(const AttentionShape& shape, int64_t topk, const HeadRows& q, const
       for (int64_t i = 0; i < m; ++i) {
         T* s = scores + i * score.ld();
         const RowStatistics<T> row = prepare_row(s, N, scale);
-        collect_selected(s, N, find_cut(s, row), chosen_indices, chosen);
+        collect_selected(s, N, topk, find_cut(s, row), chosen_indices, chosen);
         softmax(chosen, topk, row.highest);
-        gather_sum(sum, chosen, chosen_indices, topk, values, shape.value_dim);
+        gather_sum(sum, topk, values, shape.value_dim, [&](int64_t n) {
+          return Term<T>{chosen_indices[n], chosen[n]};
+        });
         narrow_run(results[i0 + i], sum, shape.value_dim);
         if (indices == nullptr) continue;
         const int64_t at = (head * shape.queries + i0 + i) * topk;
@@ -173,7 +164,8 @@ void forward(const AttentionShape& shape, int64_t topk, const HeadRows& q, const
 
 // ---- backward -----------------------------------------------------------------------------
 
-// dS and dq, by blocks of queries. `score_grads` may be null where only dq is wanted.
+// dS, and then dq, by blocks of queries: first all that reads the values, then all that reads
+// the keys, so that each stays in the cache.
 template <class S>
 void query_pass(const AttentionShape& shape, int64_t topk, const SelectedGradients& t,
                 Compute<S>* score_grads) {
@@ -192,10 +184,10 @@ void query_pass(const AttentionShape& shape, int64_t topk, const SelectedGradien
     T* ds = scratch.take<T>(padded);
     T* line = scratch.take<T>(columns);
     std::fill(w + topk, w + padded, T(0));
+    std::fill(line, line + columns, T(0));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = (head * shape.queries + i) * topk;
       std::copy_n(static_cast<const T*>(t.weights) + at, topk, w);
-      std::fill(line, line + columns, T(0));
       widen_run(line, grads[i], shape.value_dim);
       gather_products(ds, line, t.indices + at, topk, values, shape.value_dim);
       Vec<T> sum{};
@@ -203,76 +195,104 @@ void query_pass(const AttentionShape& shape, int64_t topk, const SelectedGradien
       const Vec<T> delta = broadcast(reduce_add<T>(sum));
       for (int64_t n = 0; n < padded; n += L)
         store(ds + n, load(w + n) * (load(ds + n) - delta) * broadcast(scale));
-      if (score_grads != nullptr) std::copy_n(ds, topk, score_grads + at);
-      if (dq.data == nullptr) continue;
-      gather_sum(line, ds, t.indices + at, topk, keys, shape.dim);
+      std::copy_n(ds, topk, score_grads + at);
+    }
+    if (dq.data == nullptr) return;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = (head * shape.queries + i) * topk;
+      gather_sum(line, topk, keys, shape.dim, [&](int64_t n) {
+        return Term<T>{t.indices[at + n], score_grads[at + n]};
+      });
       narrow_run(dq[i], line, shape.dim);
     }
   });
 }
 
-// How many keys one task adds to: all of a head where the sums fit the scratch and there are
-// heads enough for every thread. Each key's sum is the same whatever the range.
+// A query that chose a key.
 template <class T>
-int64_t keys_per_range(const AttentionShape& shape, int64_t row_elements) {
-  const int64_t heads = std::max<int64_t>(1, shape.batch * shape.heads);
-  const int64_t ranges = heads >= thread_count() ? 1 : ceil_div(2 * thread_count(), heads);
-  const int64_t room = (kScratchLimit * 3 / 4) / (row_elements * int64_t(sizeof(T)));
-  return std::max<int64_t>(1, std::min(room, ceil_div(shape.keys, ranges)));
-}
+struct Choice {
+  int32_t query;
+  T score_grad, weight;
+};
 
-// dk and dv, by ranges of keys.
+// The choices of one head turned round: for each key of a range, who chose it, in the order of
+// the queries. A counting sort.
+template <class T>
+class ChoicesByKey {
+ public:
+  // indices, score_grads and weights [queries, topk]; indices ascend in each row.
+  ChoicesByKey(const int32_t* indices, const T* score_grads, const T* weights, int64_t queries,
+               int64_t topk, int64_t first, int64_t count)
+      : first_(first), ends_(new int64_t[count + 1]()) {
+    for_each(indices, queries, topk, count, [&](int64_t, int64_t n) {
+      ++ends_[indices[n] - first_ + 1];
+    });
+    // ends_[j + 1] is where the choices of key j begin, and becomes where they end.
+    int64_t total = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t chosen = ends_[j + 1];
+      ends_[j + 1] = total;
+      total += chosen;
+    }
+    choices_.reset(new Choice<T>[total]);
+    for_each(indices, queries, topk, count, [&](int64_t i, int64_t n) {
+      choices_[ends_[indices[n] - first_ + 1]++] = {
+          static_cast<int32_t>(i), score_grads == nullptr ? T(0) : score_grads[n], weights[n]};
+    });
+  }
+
+  const Choice<T>* begin(int64_t j) const { return choices_.get() + ends_[j - first_]; }
+  int64_t count(int64_t j) const { return ends_[j - first_ + 1] - ends_[j - first_]; }
+
+ private:
+  template <class F>
+  void for_each(const int32_t* indices, int64_t queries, int64_t topk, int64_t count,
+                const F& f) const {
+    for (int64_t i = 0; i < queries; ++i) {
+      const int32_t* row = indices + i * topk;
+      const int32_t* end = row + topk;
+      if (first_ > 0) row = std::lower_bound(row, end, first_);
+      for (; row != end && *row < first_ + count; ++row) f(i, row - indices);
+    }
+  }
+
+  int64_t first_;
+  std::unique_ptr<int64_t[]> ends_;
+  std::unique_ptr<Choice<T>[]> choices_;
+};
+
+// dk and dv, by heads, or by ranges of keys where there are too few heads for the threads.
 template <class S>
 void key_pass(const AttentionShape& shape, int64_t topk, const SelectedGradients& t,
               const Compute<S>* score_grads) {
   using T = Compute<S>;
-  constexpr int64_t L = kLanes<T>;
-  const int64_t ldk = t.dk.data == nullptr ? 0 : round_up(shape.dim, L);
-  const int64_t ldv = t.dv.data == nullptr ? 0 : round_up(shape.value_dim, L);
-  const int64_t length = keys_per_range<T>(shape, ldk + ldv);
-  const int64_t ranges = ceil_div(shape.keys, length);
-  const T* weights = static_cast<const T*>(t.weights);
-  parallel_for(shape.batch * shape.heads * ranges, [&](int64_t task) {
+  const int64_t heads = shape.batch * shape.heads;
+  const int64_t ranges = heads >= thread_count() ? 1 : ceil_div(2 * thread_count(), heads);
+  const int64_t length = ceil_div(shape.keys, ranges);
+  const int64_t columns = round_up(std::max(shape.dim, shape.value_dim), kLanes<T>);
+  parallel_for(heads * ranges, [&](int64_t task) {
     const int64_t head = task / ranges, first = task % ranges * length;
-    const int64_t count = std::min(length, shape.keys - first);
-    const auto queries = head_rows<S>(t.q, head, shape.heads);
-    const auto grads = head_rows<S>(t.grad, head, shape.heads);
-    const int64_t columns = std::max(ldk, ldv);
-    Scratch scratch(Scratch::bytes_for<T>(count * ldk) + Scratch::bytes_for<T>(count * ldv) +
-                    Scratch::bytes_for<T>(columns));
-    T* sum_k = scratch.take<T>(count * ldk);
-    T* sum_v = scratch.take<T>(count * ldv);
+    const int64_t end = std::min(shape.keys, first + length);
+    if (first >= end) return;
+    const int64_t at = head * shape.queries * topk;
+    const ChoicesByKey<T> choices(t.indices + at, score_grads == nullptr ? nullptr : score_grads + at,
+                                  static_cast<const T*>(t.weights) + at, shape.queries, topk,
+                                  first, end - first);
+    Scratch scratch(Scratch::bytes_for<T>(columns));
     T* line = scratch.take<T>(columns);
-    std::fill(sum_k, sum_k + count * ldk, T(0));
-    std::fill(sum_v, sum_v + count * ldv, T(0));
-    std::fill(line, line + columns, T(0));
-    for (int64_t i = 0; i < shape.queries; ++i) {
-      const int64_t row = (head * shape.queries + i) * topk;
-      const int32_t* chosen = t.indices + row;
-      const int64_t from = ranges == 1 ? 0 : std::lower_bound(chosen, chosen + topk, first) - chosen;
-      const int64_t to = ranges == 1 ? topk
-                                     : std::lower_bound(chosen + from, chosen + topk,
-                                                        first + count) - chosen;
-      if (from == to) continue;
-      if (ldk > 0) {
-        widen_run(line, queries[i], shape.dim);
-        std::fill(line + shape.dim, line + ldk, T(0));
-        scatter_add(sum_k, ldk, first, score_grads + row + from, chosen + from, to - from, line,
-                    shape.dim);
+    auto add_up = [&](const HeadRows& out, const HeadRows& in, int64_t dim, T Choice<T>::*factor) {
+      const auto results = head_rows<S>(out, head, shape.heads);
+      const auto rows = head_rows<S>(in, head, shape.heads);
+      for (int64_t j = first; j < end; ++j) {
+        const Choice<T>* chosen = choices.begin(j);
+        gather_sum(line, choices.count(j), rows, dim, [&](int64_t n) {
+          return Term<T>{chosen[n].query, chosen[n].*factor};
+        });
+        narrow_run(results[j], line, dim);
       }
-      if (ldv > 0) {
-        widen_run(line, grads[i], shape.value_dim);
-        std::fill(line + shape.value_dim, line + ldv, T(0));
-        scatter_add(sum_v, ldv, first, weights + row + from, chosen + from, to - from, line,
-                    shape.value_dim);
-      }
-    }
-    const auto dk = head_rows<S>(t.dk, head, shape.heads);
-    const auto dv = head_rows<S>(t.dv, head, shape.heads);
-    for (int64_t j = 0; j < count; ++j) {
-      if (ldk > 0) narrow_run(dk[first + j], sum_k + j * ldk, shape.dim);
-      if (ldv > 0) narrow_run(dv[first + j], sum_v + j * ldv, shape.value_dim);
-    }
+    };
+    if (t.dk.data != nullptr) add_up(t.dk, t.q, shape.dim, &Choice<T>::score_grad);
+    if (t.dv.data != nullptr) add_up(t.dv, t.grad, shape.value_dim, &Choice<T>::weight);
   });
 }
 
@@ -280,8 +300,9 @@ template <class S>
 void backward(const AttentionShape& shape, int64_t topk, const SelectedGradients& t) {
   const bool wants_k = t.dk.data != nullptr, wants_v = t.dv.data != nullptr;
   const int64_t chosen = shape.batch * shape.heads * shape.queries * topk;
-  std::unique_ptr<Compute<S>[]> score_grads(wants_k ? new Compute<S>[chosen] : nullptr);
-  if (wants_k || t.dq.data != nullptr) query_pass<S>(shape, topk, t, score_grads.get());
+  const bool wants_scores = wants_k || t.dq.data != nullptr;
+  std::unique_ptr<Compute<S>[]> score_grads(wants_scores ? new Compute<S>[chosen] : nullptr);
+  if (wants_scores) query_pass<S>(shape, topk, t, score_grads.get());
   if (wants_k || wants_v) key_pass<S>(shape, topk, t, score_grads.get());
 }
 
