@@ -18,7 +18,7 @@ IMAGES = [*FORMATS, "uint8"]
 
 # batch, channels, height, width, embed dim, patch, stride
 SHAPES = {
-    "vit": (2, 3, 224, 224, 192, (16, 16), None),
+    "vit": (1, 3, 224, 224, 192, (16, 16), None),
     "wide": (1, 3, 48, 48, 300, (16, 16), None),
     "patch 14": (2, 3, 28, 42, 33, (14, 14), None),
     "grey digits": (3, 1, 8, 8, 64, (2, 2), None),
@@ -29,7 +29,7 @@ SHAPES = {
     "gaps": (2, 2, 40, 23, 9, (3, 2), (4, 6)),
     "wide gaps": (1, 3, 40, 90, 9, (2, 2), (9, 70)),
     "half overlapping": (2, 9, 20, 21, 40, (4, 4), (6, 2)),
-    "large patch": (1, 2, 64, 600, 33, (2, 600), (32, 1)),
+    "large patch": (1, 2, 6, 600, 33, (2, 300), (2, 100)),
 }
 NAMES = ("image", "weight", "bias", "pos_embed", "cls_token", "mean", "std")
 

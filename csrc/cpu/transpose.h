@@ -72,6 +72,17 @@ inline void transpose_block<float>(float* dst, int64_t ldd, const float* src, in
 }
 #endif
 
+// The same for rows × columns, both at most kLanes<T>, of any storage type.
+template <class T, class S>
+inline void transpose_part(T* dst, int64_t ldd, const S* src, int64_t lds, int64_t rows,
+                           int64_t columns) {
+  constexpr int64_t L = kLanes<T>;
+  T from[L * L] = {}, to[L * L];
+  for (int64_t r = 0; r < rows; ++r) widen_run(from + r * L, src + r * lds, columns);
+  transpose_block(to, L, static_cast<const T*>(from), L);
+  for (int64_t c = 0; c < columns; ++c) widen_run(dst + c * ldd, to + c * L, rows);
+}
+
 // dst[j * ldd + i] = widen(src[i * row_stride + j * column_stride]) for i < rows, j < columns.
 template <class T, class S>
 void transpose(T* dst, int64_t ldd, const S* src, int64_t row_stride, int64_t column_stride,
@@ -79,20 +90,22 @@ void transpose(T* dst, int64_t ldd, const S* src, int64_t row_stride, int64_t co
   constexpr int64_t L = kLanes<T>;
   for (int64_t i = 0; i < rows; i += L) {
     for (int64_t j = 0; j < columns; j += L) {
+      const int64_t height = std::min(L, rows - i), width = std::min(L, columns - j);
       T* to = dst + j * ldd + i;
       const S* from = src + i * row_stride + j * column_stride;
-      if (rows - i < L || columns - j < L || column_stride != 1) {
-        const int64_t height = std::min(L, rows - i), width = std::min(L, columns - j);
+      if (column_stride != 1 || height * width < L) {
         for (int64_t c = 0; c < width; ++c)
           for (int64_t r = 0; r < height; ++r)
             to[c * ldd + r] = widen(from[r * row_stride + c * column_stride]);
-      } else if constexpr (std::is_same_v<T, S>) {
-        transpose_block(to, ldd, from, row_stride);
-      } else {
-        T tile[L * L];
-        for (int64_t r = 0; r < L; ++r) widen_run(tile + r * L, from + r * row_stride, L);
-        transpose_block(to, ldd, static_cast<const T*>(tile), L);
+        continue;
       }
+      if constexpr (std::is_same_v<T, S>) {
+        if (height == L && width == L) {
+          transpose_block(to, ldd, from, row_stride);
+          continue;
+        }
+      }
+      transpose_part(to, ldd, from, row_stride, height, width);
     }
   }
 }

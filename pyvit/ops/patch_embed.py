@@ -123,10 +123,14 @@ class _PatchEmbed(torch.autograd.Function):
             image_grad = _image_grad(grad, weight, std, ctx.image_size, ctx.stride, ctx.image_last)
         if wants_mean:
             mean_grad = _mean_grad(patch_grad, weight, mean, std)
-        if wants_bias:
-            bias_grad = patch_grad.sum((0, 1))
-        if wants_pos:
-            pos_grad = grad.sum(0)
+        if wants_bias or wants_pos:
+            # One pass over the tokens' gradient serves both; a half would round the sums twice.
+            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            of_tokens = grad.sum(0, dtype=wide)
+            if wants_bias:
+                bias_grad = of_tokens[int(ctx.has_class) :].sum(0).to(ctx.dtype)
+            if wants_pos:
+                pos_grad = of_tokens.to(ctx.dtype)
         if wants_class:
             class_grad = grad[:, 0].sum(0)
         if wants_weight or wants_std:
