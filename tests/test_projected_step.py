@@ -130,6 +130,34 @@ def test_sums_survive_the_ends_of_the_range():
         assert float((scaled - usual).abs().max()) <= tolerance
 
 
+@pytest.mark.accuracy
+def test_a_norm_or_mean_beyond_the_range_of_float32():
+    """Four pixels of 2^127 have the length 2^128; one of 2^-145 among 400 the mean 2^-153.6."""
+    x0 = torch.full((2, 400), 0.5)
+    grad = torch.zeros(2, 400)
+    grad[0, :4], grad[1, 7] = 2.0**127, 2.0**-145
+    expected = x0.clone()
+    expected[0, :4] += 0.1
+    expected[1, 7] += 0.2
+    y = projected_step(x0, grad, x0, norm="l2", step_size=0.2, eps=1.0)
+    torch.testing.assert_close(y, expected)
+    _, after = projected_step(
+        x0, grad, x0, norm="linf", step_size=0.2, eps=1.0, momentum=torch.zeros_like(x0)
+    )
+    expected = torch.zeros(2, 400)
+    expected[0, :4], expected[1, 7] = 100.0, 400.0
+    torch.testing.assert_close(after, expected)
+
+
+@pytest.mark.parametrize("excess", [0.999, 1.0, 1.001, 2.0])
+def test_l2_shrinks_exactly_what_leaves_the_ball(excess):
+    x0 = torch.full((1, 3, 8, 8), 0.5, dtype=torch.float64)
+    delta = torch.randn_like(x0)
+    delta *= 0.3 * excess / delta.norm()
+    y = projected_step(x0 + delta, torch.zeros_like(x0), x0, norm="l2", step_size=1.0, eps=0.3)
+    torch.testing.assert_close(y - x0, delta / max(excess, 1.0), rtol=1e-12, atol=1e-15)
+
+
 def test_zero_gradient_moves_nothing_and_makes_no_nan():
     x, _, x0, before = tensors((3, 3, 9, 9))
     for norm in NORMS:
