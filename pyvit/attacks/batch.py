@@ -27,24 +27,18 @@ class Batch:
     rule: dict[str, float | Tensor] = field(default_factory=dict)
 
     def keep(self, alive: Tensor) -> Batch:
-        """The batch of the images where ``alive`` (``[B]``, bool) alone."""
+        """The batch of the images where ``alive`` (``[B]``, bool) alone.
+
+        Indexing keeps the layout of an image, and with it the order of every sum over it.
+        """
         return replace(
             self,
             index=self.index[alive],
-            x0=_rows(self.x0, alive),
-            x=_rows(self.x, alive),
+            x0=self.x0[alive],
+            x=self.x[alive],
             labels=self.labels[alive],
             rule={
-                name: _rows(value, alive) if isinstance(value, Tensor) else value
+                name: value[alive] if isinstance(value, Tensor) else value
                 for name, value in self.rule.items()
             },
         )
-
-
-def _rows(value: Tensor, alive: Tensor) -> Tensor:
-    """``value[alive]`` with the strides of an image kept: another layout, another order of sums."""
-    rows = value[alive]
-    if rows.stride()[1:] == value.stride()[1:]:
-        return rows
-    kept = value.new_empty_strided(rows.shape, (value.stride(0), *value.stride()[1:]))
-    return kept.copy_(rows)
