@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import memory
+import peak_memory
 import torch
 from accuracy import max_error, one_ulp  # tests/accuracy.py: one error bar for the whole project
 from torch import Tensor
@@ -134,7 +134,7 @@ def measure(case: Case, row: Row, options: Options) -> Result:
         return result
     callables = {name: call for name, call in callables.items() if name not in result.wrong}
     for name, call in callables.items():
-        if (peak := memory.peak_of(call)) is not None:
+        if (peak := peak_memory.peak_of(call)) is not None:
             result.peak_bytes[name] = peak
     samples = _in_turns(callables, *((0.0, 3) if options.quick else (options.seconds, 5)))
     result.rounds = len(samples[OURS])

@@ -37,6 +37,15 @@ class Peaks:
         """Seconds that the work takes at least. Data that stays in cache can beat the copy."""
         return max(flops / self.flops, nbytes / self.copy_bandwidth)
 
+    def best_with(self, other: Peaks) -> Peaks:
+        """The higher of each ceiling: a busy moment can only lower a measured one."""
+        return Peaks(
+            max(self.flops, other.flops),
+            self.flops_source,
+            max(self.matmul_flops, other.matmul_flops),
+            max(self.copy_bandwidth, other.copy_bandwidth),
+        )
+
 
 def describe() -> dict[str, str | int]:
     return {
@@ -59,7 +68,7 @@ def measure_peaks(quick: bool = False) -> Peaks:
     source = "independent FMA chains on every thread (fma_peak.cpp)"
     if fma is None:
         source = "best of several torch.mm shapes (no C++ compiler for fma_peak.cpp)"
-    return Peaks(fma or matmul, source, matmul, _copy_bandwidth(64 if quick else 256))
+    return Peaks(fma or matmul, source, matmul, _copy_bandwidth(megabytes=256))
 
 
 def _best_rate(work: float, call: Callable[[], object], seconds: float) -> float:
@@ -84,7 +93,7 @@ def _best_matmul(seconds: float) -> float:
 
 
 def _copy_bandwidth(megabytes: int) -> float:
-    source = torch.rand(megabytes << 18)  # float32, past any cache
+    source = torch.rand(megabytes << 18)  # float32, and larger than the cache
     target = torch.zeros_like(source)
     return _best_rate(2.0 * 4 * source.numel(), lambda: target.copy_(source), seconds=0.5)
 

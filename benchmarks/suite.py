@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import machine
@@ -44,10 +45,9 @@ def main(arguments: list[str]) -> int:
     torch.manual_seed(0)
     options = Options(quick=asked.quick, compile=asked.compile)
     cases = [c for c in collect(asked.only or ops(), options) if asked.match in c.id]
-    described, peaks = machine.describe(), machine.measure_peaks(asked.quick)
-    print(report.heading(described, peaks), end="\n\n", flush=True)
-    results = run_all(cases, options)
-    print(report.table(results, peaks))
+    results, peaks = run_all(cases, options)
+    described = machine.describe()
+    print(report.heading(described, peaks), report.table(results, peaks), sep="\n\n")
     if asked.json:
         report.write_json(asked.json, results, described, peaks)
     if asked.plot:
@@ -55,19 +55,24 @@ def main(arguments: list[str]) -> int:
     return 1 if any(OURS in result.wrong for result in results) else 0
 
 
-def run_all(cases: list[Case], options: Options) -> list[Result]:
-    """Every case in order, under a progress bar where tqdm is installed."""
+def run_all(cases: list[Case], options: Options) -> tuple[list[Result], machine.Peaks]:
+    """Every case in order, and the machine's ceilings, measured before and after them."""
+    before = machine.measure_peaks(options.quick)
+    results = [run(case, options) for case in _shown(cases)]
+    return results, before.best_with(machine.measure_peaks(options.quick))
+
+
+def _shown(cases: list[Case]) -> Iterator[Case]:
+    """The cases under a progress bar, where tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return [run(case, options) for case in cases]
-    results = []
-    with tqdm(total=len(cases), unit="row", disable=None) as bar:
-        for case in cases:
+        yield from cases
+        return
+    with tqdm(cases, unit="row", disable=None) as bar:
+        for case in bar:
             bar.set_description(f"{case.op} {case.group}")
-            results.append(run(case, options))
-            bar.update()
-    return results
+            yield case
 
 
 if __name__ == "__main__":

@@ -100,11 +100,8 @@ def compare_kernels(seconds: float) -> None:
     first_of_group = {}
     for case in suite.collect(suite.ops(), options):
         first_of_group.setdefault((case.op, case.group), case)
-    peaks = machine.measure_peaks(quick=True)
-    results = suite.run_all(list(first_of_group.values()), options)
-    print(report.heading(machine.describe(), peaks))
-    print()
-    print(report.table(results, peaks))
+    results, peaks = suite.run_all(list(first_of_group.values()), options)
+    print(report.heading(machine.describe(), peaks), report.table(results, peaks), sep="\n\n")
 
 
 def torch_cnn() -> nn.Module:
