@@ -10,7 +10,7 @@ from pyvit.__main__ import main
 def test_info_says_what_runs(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    assert f"torch       {torch.__version__}" in printed
+    assert f"torch         {torch.__version__}" in printed
     assert "runs and is used" in printed
     for isa in _native.status():
         assert f"cpu {isa}" in printed
