@@ -54,25 +54,30 @@ struct Term {
 };
 
 // sum[0:dim] = Σ_n factor_n · rows[row_n], terms from term(n); sum is padded to whole vectors.
+// In blocks of 256 terms, so that the rounding of long sums grows as a matrix product's does.
 template <class S, class F>
 void gather_sum(Compute<S>* sum, int64_t count, Rows<S> rows, int64_t dim, const F& term) {
   using T = Compute<S>;
   for_column_runs<T>(dim, [&](auto vectors, int64_t column, int64_t last) {
     constexpr int C = decltype(vectors)::value;
-    Vec<T> even[C] = {}, odd[C] = {};
     auto add = [&](Vec<T>(&to)[C], const Term<T>& t) {
       Vec<T> x[C];
       load_run<C>(x, rows[t.row] + column, last);
       const Vec<T> factor = broadcast(t.factor);
       for (int c = 0; c < C; ++c) to[c] = fma(factor, x[c], to[c]);
     };
-    int64_t n = 0;
-    for (; n + 2 <= count; n += 2) {
-      add(even, term(n));
-      add(odd, term(n + 1));
+    Vec<T> total[C] = {};
+    for (int64_t n = 0; n < count;) {
+      const int64_t end = std::min(count, n + 256);
+      Vec<T> even[C] = {}, odd[C] = {};
+      for (; n + 2 <= end; n += 2) {
+        add(even, term(n));
+        add(odd, term(n + 1));
+      }
+      if (n < end) add(even, term(n++));
+      for (int c = 0; c < C; ++c) total[c] += even[c] + odd[c];
     }
-    if (n < count) add(even, term(n));
-    for (int c = 0; c < C; ++c) store(sum + column + c * kLanes<T>, even[c] + odd[c]);
+    for (int c = 0; c < C; ++c) store(sum + column + c * kLanes<T>, total[c]);
   });
 }
 

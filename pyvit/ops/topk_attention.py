@@ -51,9 +51,7 @@ def _(q, k, v, topk, scale, save):
 
 
 @_library.fake("topk_attention_backward")
-def _(
-    grad, q, k, v, indices, weights, keys, scale, heads_last, needs_q, needs_k, needs_v
-):
+def _(grad, q, k, v, indices, weights, keys, scale, heads_last, needs_q, needs_k, needs_v):
     batch, heads, queries, value_dim = grad.shape
 
     def rows(wanted, count, columns):
@@ -117,7 +115,7 @@ class _Selected(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, topk, scale):
         out, indices, weights = torch.ops.pyvit.topk_attention(q, k, v, topk, scale, True)
-        ctx.needs = needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
+        ctx.needs = needs_q, needs_k, _ = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
             q if needs_k else None,
             k if needs_q else None,
