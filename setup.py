@@ -135,7 +135,8 @@ class NinjaBuild(build_ext):
         flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
         # Products and sums fuse where simd::fma says so and nowhere else: see csrc/cpu/simd.h.
         flags += ["-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"]
-        flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns inside its own intrinsics
+        # gcc 12 warns inside its own intrinsics.
+        flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
         link = []
         if sanitize():
             flags += ["-g", "-O1", "-fno-omit-frame-pointer"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyvit.ops import _checks, topk_attention
+from pyvit.ops import _checks
+from pyvit.ops.topk_attention import topk_attention
 
 BACKWARDS = ("selected", "dense")
 

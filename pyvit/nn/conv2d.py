@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyvit.ops import _checks, conv2d
+from pyvit.ops import _checks
+from pyvit.ops.conv2d import conv2d
 
 _NAME = "nn.Conv2d"
 _PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyvit.ops import _checks, patch_embed
+from pyvit.ops import _checks
+from pyvit.ops.patch_embed import patch_embed
 
 _NAME = "nn.PatchConv2d"
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.nn.patch_conv2d import PatchConv2d
-from pyvit.ops import _checks, patch_embed
+from pyvit.ops import _checks
+from pyvit.ops.patch_embed import patch_embed
 
 _NAME = "nn.PatchEmbed"
 

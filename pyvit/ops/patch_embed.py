@@ -283,13 +283,13 @@ def patch_embed(
     if image.shape[2] < kernel[0] or image.shape[3] < kernel[1]:
         wanted = f"at least as large as a patch, {kernel[0]} x {kernel[1]} pixels"
         _checks.fail(ValueError, op, "image", wanted, _checks.shape_of(image))
-    stride = tuple(kernel) if stride is None else _checks.pair(op, "stride", stride, minimum=1)
+    step = tuple(kernel) if stride is None else _checks.pair(op, "stride", stride, minimum=1)
     bias = _row("bias", bias, weight)
     cls_token = _row("cls_token", cls_token, weight)
     mean = _channel_values("mean", mean, channels, weight)
     std = _channel_values("std", std, channels, weight, positive=True)
     if pos_embed is not None:
-        rows, columns = _grid(image.shape, weight.shape, stride)
+        rows, columns = _grid(image.shape, weight.shape, step)
         tokens = rows * columns + (cls_token is not None)
         _checks.like(op, "pos_embed", pos_embed, "weight", weight)
         why = " (patches, and one row for cls_token where it is given)"
@@ -297,5 +297,5 @@ def patch_embed(
         pos_embed = pos_embed.reshape(tokens, dim).contiguous()
     arguments = (image, weight, bias, pos_embed, cls_token, mean, std)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
-        return _PatchEmbed.apply(*arguments, stride)
-    return torch.ops.pyvit.patch_embed(*arguments, stride)
+        return _PatchEmbed.apply(*arguments, step)
+    return torch.ops.pyvit.patch_embed(*arguments, step)

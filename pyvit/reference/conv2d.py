@@ -17,22 +17,20 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """``F.unfold`` then one matrix product a group: the textbook form, with all its memory."""
-    batch, channels, height, width = x.shape
-    out_channels, channels_per_group, kernel_height, kernel_width = weight.shape
+    batch, out_channels, kernel = len(x), len(weight), weight.shape[2:]
 
-    def both(value):
+    def both(value: int | tuple[int, int]) -> tuple[int, int]:
         return value if isinstance(value, tuple) else (value, value)
 
-    stride, padding, dilation = both(stride), both(padding), both(dilation)
-    out_height, out_width = (
+    out_size = [
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, k, s, p, d in zip(
-            (height, width), (kernel_height, kernel_width), stride, padding, dilation, strict=True
+            x.shape[2:], kernel, both(stride), both(padding), both(dilation), strict=True
         )
-    )
-    columns = F.unfold(x, (kernel_height, kernel_width), dilation, padding, stride)
-    columns = columns.reshape(batch, groups, -1, out_height * out_width)
+    ]
+    columns = F.unfold(x, tuple(kernel), dilation, padding, stride)
+    columns = columns.reshape(batch, groups, -1, out_size[0] * out_size[1])
     rows = weight.reshape(groups, out_channels // groups, -1)
     y = torch.einsum("gok,bgkp->bgop", rows, columns)
-    y = y.reshape(batch, out_channels, out_height, out_width)
+    y = y.reshape(batch, out_channels, *out_size)
     return y if bias is None else y + bias.reshape(1, -1, 1, 1)

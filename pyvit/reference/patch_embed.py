@@ -25,8 +25,8 @@ def patch_embed(
         image = image - mean.reshape(-1, 1, 1).to(weight.dtype)
     if std is not None:
         image = image / std.reshape(-1, 1, 1).to(weight.dtype)
-    stride = tuple(weight.shape[2:]) if stride is None else stride
-    tokens = F.conv2d(image, weight, bias, stride).flatten(2).transpose(1, 2)
+    step = weight.shape[2:] if stride is None else stride
+    tokens = F.conv2d(image, weight, bias, step).flatten(2).transpose(1, 2)
     if cls_token is not None:
         tokens = torch.cat([cls_token.reshape(1, 1, -1).expand(len(tokens), -1, -1), tokens], 1)
     return tokens if pos_embed is None else tokens + pos_embed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,14 +28,16 @@ def projected_step(
     direction = grad
     if momentum is not None:
         direction = momentum_update(grad, momentum, decay)
-    one_step = {"linf": linf_step, "l2": l2_step, "l1": l1_step}[norm]
+    steps: dict[str, Callable[..., Tensor]] = {"linf": linf_step, "l2": l2_step, "l1": l1_step}
     images = []
     for i in range(len(x)):
         alpha = float(step_size[i]) if isinstance(step_size, Tensor) else step_size
         radius = float(eps[i]) if isinstance(eps, Tensor) else eps
         ascent = -direction[i] if targeted else direction[i]
         extra = (quantile,) if norm == "l1" else ()
-        images.append(one_step(x[i], ascent, x0[i], alpha, radius, bounds, step == "raw", *extra))
+        images.append(
+            steps[norm](x[i], ascent, x0[i], alpha, radius, bounds, step == "raw", *extra)
+        )
     y = torch.stack(images) if images else x.clone()
     return y if momentum is None else (y, direction)
 
