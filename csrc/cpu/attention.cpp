@@ -9,6 +9,7 @@
 //
 // One task for each block of queries finds dq and the statistics of its rows; then one for each
 // block of keys recomputes its columns, tile by tile of queries, and sums dk and dv.
+#include <array>
 #include <cmath>
 #include <memory>
 
@@ -25,6 +26,21 @@ struct RowSums {
   T sum, squares, tail;  // of exp(score − highest), of its squares, of those not selected
 };
 
+// `Count` sums over a row, one vector at a time by f(j, sums); in blocks of 512, so that the
+// rounding of long sums stays small.
+template <class T, int Count, class F>
+std::array<T, Count> row_sums(int64_t n, const F& f) {
+  Vec<T> total[Count] = {};
+  for (int64_t j = 0; j < n;) {
+    Vec<T> block[Count] = {};
+    for (const int64_t end = std::min(n, j + 512); j < end; j += kLanes<T>) f(j, block);
+    for (int c = 0; c < Count; ++c) total[c] += block[c];
+  }
+  std::array<T, Count> sums;
+  for (int c = 0; c < Count; ++c) sums[c] = reduce_add<T>(total[c]);
+  return sums;
+}
+
 // s[0:n] = scale · s with -inf up to the next whole vector; returns the largest.
 template <class T>
 T scale_row(T* s, int64_t n, T scale) {
@@ -40,40 +56,31 @@ T scale_row(T* s, int64_t n, T scale) {
   return reduce_max<T>(highest);
 }
 
-// s = exp(s − highest); the sum, and the sum of squares.
+// s = exp(s − highest); returns the sum.
 template <class T>
-RowSums<T> exponentials(T* s, int64_t n, T highest) {
-  Vec<T> sum{}, squares{};
-  for (int64_t j = 0; j < n; j += kLanes<T>) {
+T exponentials(T* s, int64_t n, T highest) {
+  return row_sums<T, 1>(n, [&](int64_t j, Vec<T>* sums) {
     const Vec<T> e = exp_lanes(load(s + j) - broadcast(highest));
     store(s + j, e);
-    sum += e;
-    squares = fma(e, e, squares);
-  }
-  return {reduce_add<T>(sum), reduce_add<T>(squares), T(0)};
+    sums[0] += e;
+  })[0];
 }
 
-// The same, with the squares outside the cut, and the cut as bits where `bits` is not null
-// (whole 32-bit words).
+// The same, with the squares, and the cut as bits (whole 32-bit words).
 template <class T>
 RowSums<T> exponentials(T* s, int64_t n, T highest, const Cut<T>& cut, uint32_t* bits) {
-  constexpr int L = kLanes<T>;
-  Vec<T> sum{}, squares{}, tail{};
-  for (int64_t j = 0; j < n; j += 32) {
-    uint32_t word = 0;
-    for (int lane = 0; lane < 32 && j + lane < n; lane += L) {
-      const Vec<T> x = load(s + j + lane);
-      const Mask<T> kept = selected(x, j + lane, cut);
-      const Vec<T> e = exp_lanes(x - broadcast(highest));
-      store(s + j + lane, e);
-      sum += e;
-      squares = fma(e, e, squares);
-      tail = kept ? tail : fma(e, e, tail);
-      word |= mask_bits(kept) << lane;
-    }
-    if (bits != nullptr) bits[j / 32] = word;
-  }
-  return {reduce_add<T>(sum), reduce_add<T>(squares), reduce_add<T>(tail)};
+  const auto sums = row_sums<T, 3>(n, [&](int64_t j, Vec<T>* sums) {
+    const Vec<T> x = load(s + j);
+    const Mask<T> kept = selected(x, j, cut);
+    const Vec<T> e = exp_lanes(x - broadcast(highest));
+    store(s + j, e);
+    sums[0] += e;
+    sums[1] = fma(e, e, sums[1]);
+    sums[2] = kept ? sums[2] : fma(e, e, sums[2]);
+    const uint32_t before = j % 32 == 0 ? 0 : bits[j / 32];
+    bits[j / 32] = before | mask_bits(kept) << (j % 32);
+  });
+  return {sums[0], sums[1], sums[2]};
 }
 
 // √N − 1; a row of one weight is as sparse as can be, whatever its gradient.
@@ -116,7 +123,7 @@ void forward(const AttentionShape& shape, const HeadRows& q, const HeadRows& k, 
       for (int64_t i = 0; i < m; ++i) {
         T* s = scores + i * score.ld();
         if (penalty == nullptr) {
-          total[i] = exponentials(s, N, scale_row(s, N, scale)).sum;
+          total[i] = exponentials(s, N, scale_row(s, N, scale));
           continue;
         }
         const RowStatistics<T> row = prepare_row(s, N, scale);
@@ -197,30 +204,27 @@ class DenseBackward {
     return buffer;
   }
 
-  // The terms of a row from its scaled scores, and Δ from dp, which becomes dW.
-  RowTerms<T> row_terms(const T* s, T* dp, T highest, int64_t row, const uint8_t* selection) const {
-    Vec<T> sum{}, squares{};
-    for (int64_t j = 0; j < shape_.keys; j += L) {
+  // The terms of a row from its scaled scores and dP.
+  RowTerms<T> row_terms(const T* s, const T* dp, T highest, int64_t row, const uint8_t* selection) const {
+    const auto [sum, squares] = row_sums<T, 2>(shape_.keys, [&](int64_t j, Vec<T>* sums) {
       const Vec<T> e = exp_lanes(load(s + j) - broadcast(highest));
-      sum += e;
-      squares = fma(e, e, squares);
-    }
-    RowTerms<T> terms{highest, T(1) / reduce_add<T>(sum), T(0), T(0), T(0)};
+      sums[0] += e;
+      sums[1] = fma(e, e, sums[1]);
+    });
+    RowTerms<T> terms{highest, T(1) / sum, T(0), T(0), T(0)};
     if (!wants_scores_) return terms;
     if (penalty_) {
-      const T norm = std::sqrt(reduce_add<T>(squares)) * terms.inverse_sum;
+      const T norm = std::sqrt(squares) * terms.inverse_sum;
       const T span = hoyer_span<T>(shape_.keys);
       terms.tail = 2 * static_cast<const T*>(t_.grad_tail)[row];
       terms.norm = shape_.keys == 1
                        ? T(0)
                        : static_cast<const T*>(t_.grad_hoyer)[row] / (span * norm * norm * norm);
     }
-    Vec<T> delta{};
-    for (int64_t j = 0; j < shape_.keys; j += L) {
+    terms.delta = row_sums<T, 1>(shape_.keys, [&](int64_t j, Vec<T>* sums) {
       const auto [w, dw] = weight_vectors(load(s + j), load(dp + j), terms, selection, j);
-      delta = fma(w, dw, delta);
-    }
-    terms.delta = reduce_add<T>(delta);
+      sums[0] = fma(w, dw, sums[0]);
+    })[0];
     return terms;
   }
 

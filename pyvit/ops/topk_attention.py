@@ -97,7 +97,8 @@ def _(
 
 
 def _unit_columns(value: Tensor) -> Tensor:
-    return value if value.stride(3) == 1 else value.contiguous()
+    # Not contiguous(): that leaves the strides of a tensor without elements as they are.
+    return value if value.stride(3) == 1 else value.clone(memory_format=torch.contiguous_format)
 
 
 def _heads_last(value: Tensor) -> bool:
