@@ -476,6 +476,16 @@ def test_the_model_is_left_as_it_was(rule, raises, model_mode):
     assert images.grad is None and images.requires_grad
 
 
+def test_a_model_of_inference_tensors_is_left_as_it_was():
+    with torch.inference_mode():
+        model = small_cnn().train()
+    before = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
+    with pytest.raises(RuntimeError, match="Inference tensors"):  # autograd's own words
+        PGD(model)(*batch(2))
+    after = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
+    assert before == after
+
+
 def test_global_random_state_without_a_generator_is_used():
     model, (images, labels) = small_cnn(), batch(2)
     before = torch.get_rng_state()

@@ -7,6 +7,7 @@ from accuracy import assert_as_accurate, assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import peak_extra_bytes
+from torch.autograd import forward_ad
 
 from pyvit.ops import conv2d
 from pyvit.reference.conv2d import conv2d as reference_conv2d
@@ -299,6 +300,15 @@ def test_autocast_casts_as_torch_does():
     assert ours.dtype == theirs.dtype == torch.bfloat16
     ours.sum().backward()
     assert weight.grad.dtype == torch.float32
+
+
+def test_forward_mode_is_refused():
+    """The bare op would let tangents pass as zeros."""
+    x, weight = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        conv2d(forward_ad.make_dual(x, x), weight)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(lambda t: conv2d(t, weight), (x,), (x,))
 
 
 def test_meta_tensors():

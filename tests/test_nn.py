@@ -363,6 +363,8 @@ BAD = [
     (lambda: PatchEmbed(8, 4, std=[0.5, 0.5, 0.0]), "nn.PatchEmbed", "std"),
     (lambda: PatchEmbed(8, 4, mean=[0.5, 0.5, "x"]), "nn.PatchEmbed", "mean"),
     (lambda: PatchEmbed(16, 4)(X4), "nn.PatchEmbed", "image"),
+    (lambda: PatchEmbed(8, 4)(X4[0]), "nn.PatchEmbed", "image"),
+    (lambda: PatchEmbed(8, 4)([X4]), "nn.PatchEmbed", "image"),
     (lambda: TopKAttention(0), "nn.TopKAttention", "dim"),
     (lambda: TopKAttention(16, 3), "nn.TopKAttention", "num_heads"),
     (lambda: TopKAttention(16, 0), "nn.TopKAttention", "num_heads"),

@@ -6,6 +6,7 @@ from accuracy import assert_as_accurate, assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import peak_extra_bytes
+from torch.autograd import forward_ad
 
 from pyvit.ops import patch_embed
 from pyvit.reference.patch_embed import patch_embed as reference
@@ -433,6 +434,15 @@ def test_autocast_casts_as_conv2d(image_kind):
     for name, value in zip(NAMES, arguments):
         if value.is_floating_point():
             assert results[name].dtype == torch.float32
+
+
+def test_forward_mode_is_refused():
+    """The bare op would let tangents pass as zeros."""
+    image, weight = torch.randn(1, 3, 8, 8), torch.randn(4, 3, 4, 4)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        patch_embed(forward_ad.make_dual(image, image), weight)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(lambda t: patch_embed(t, weight), (image,), (image,))
 
 
 def test_meta_tensors():

@@ -392,6 +392,18 @@ def test_compile():
         torch.testing.assert_close(graph, eager)
 
 
+def test_compiled_step_takes_other_numbers():
+    """torch.compile makes a number symbolic once it has seen a second value."""
+    x, grad, x0, _ = tensors((2, 3, 9, 9))
+
+    def step(step_size, eps):
+        return projected_step(x, grad, x0, norm="linf", step_size=step_size, eps=eps)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for numbers in ((0.1, 0.2), (0.2, 0.3), (0.3, 0.25)):
+        assert torch.equal(compiled(*numbers), step(*numbers))
+
+
 def test_meta_tensors():
     x = torch.empty(2, 3, 8, 8, device="meta").to(memory_format=torch.channels_last)
     y = projected_step(x, x, x, norm="l2", step_size=0.1, eps=0.1)

@@ -379,6 +379,8 @@ def test_bad_arguments_change_nothing(arguments, argument):
 def test_bad_model_is_named():
     with pytest.raises(TypeError, match=r"pyvit\.replace_layers: `model` must be"):
         replace_layers([nn.Conv2d(3, 4, 3)])
+    with pytest.raises(TypeError, match=r"pyvit\.restore_layers: `model` must be"):
+        restore_layers([nn.Conv2d(3, 4, 3)])
 
 
 def test_pyvit_imports_neither_timm_nor_torchvision():

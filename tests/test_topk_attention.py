@@ -21,6 +21,7 @@ from attention_truth import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import peak_extra_bytes
+from torch.autograd import forward_ad
 
 from pyvit.ops import topk_attention
 from pyvit.reference import topk_attention as reference
@@ -449,9 +450,13 @@ def test_no_function_without_gradients():
 
 @pytest.mark.parametrize("batch,queries", [(0, 5), (2, 0)])
 @pytest.mark.parametrize("topk", [3, 17])
-def test_empty(batch, queries, topk):
+@pytest.mark.parametrize("strided", [False, True])
+def test_empty(batch, queries, topk, strided):
     arguments = tensors((batch, 3, queries, 17, 8, 4))
     grad = torch.randn(batch, 3, queries, 4)
+    if strided:  # no two columns are neighbours
+        arguments = [torch.stack([a, a], -1)[..., 0] for a in arguments]
+        grad = torch.stack([grad, grad], -1)[..., 0]
     for backward in ("selected", "dense"):
         out, *gradients = with_gradients(
             topk_attention, arguments, (grad,), topk=topk, backward=backward
@@ -508,6 +513,15 @@ def test_autocast_casts_as_sdpa():
     assert torch.equal(ours, topk_attention(*lowered, 5))
     ours.sum().backward()
     assert all(a.grad.dtype == torch.float32 for a in leaves)
+
+
+def test_forward_mode_is_refused():
+    """The bare op would let tangents pass as zeros."""
+    q, k, v = tensors(SHAPES["small"])
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        topk_attention(q, forward_ad.make_dual(k, k), v, 5)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(lambda t: topk_attention(t, k, v, 5), (q,), (q,))
 
 
 def test_meta_tensors():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from accuracy import assert_as_accurate, assert_within_rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from pyvit.ops import fold, unfold
 from pyvit.reference import unfold as reference
@@ -214,6 +215,15 @@ def test_compile():
         results.append((value, *torch.autograd.grad(value, leaf)))
     for eager, graph in zip(*results, strict=True):
         torch.testing.assert_close(graph, eager)
+
+
+def test_forward_mode_is_refused():
+    """The bare op would let tangents pass as zeros."""
+    x = torch.randn(1, 9, 36)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        fold(forward_ad.make_dual(x, x), 8, 3)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.jvp(lambda t: unfold(t, 3), (x.reshape(1, 9, 6, 6),), (x.reshape(1, 9, 6, 6),))
 
 
 def test_meta_tensors():

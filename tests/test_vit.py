@@ -289,9 +289,10 @@ def test_autocast():
     assert relative_error(logits.float(), model(image)) < 0.05  # 8 bits, three layers
 
 
-def test_compiles_in_one_graph():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_in_one_graph(dynamic):
     model, image = tiny(topk=4, depth=1), torch.rand(2, 1, 8, 8, requires_grad=True)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     logits, expected = compiled(image), model(image)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
     (ours,) = torch.autograd.grad(logits.sin().sum(), image)

@@ -24,7 +24,7 @@ def borrowed(model: Callable[..., Tensor], *, evaluating: bool) -> Iterator[None
     modes = [(module, module.training) for module in modules]
     frozen = [
         p for module in modules for p in module.parameters(recurse=False)
-        if p.requires_grad and p.is_leaf
+        if p.requires_grad and p.is_leaf and not p.is_inference()  # such cannot be thawed here
     ]  # fmt: skip
     buffers = [
         (module, name, buffer, buffer.detach().clone())

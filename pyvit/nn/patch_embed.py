@@ -81,6 +81,7 @@ class PatchEmbed(nn.Module):
         self, image: Tensor, pos_embed: Tensor | None = None, cls_token: Tensor | None = None
     ) -> Tensor:
         """Tokens of ``image``; ``pos_embed`` ``[1, N(+1), D]`` and ``cls_token`` ``[1, 1, D]``."""
+        _checks.tensor(_NAME, "image", image, ndim=4, dtypes=(*_checks.FLOATING, torch.uint8))
         if self.img_size is not None and tuple(image.shape[-2:]) != self.img_size:
             wanted = "of {} x {} pixels".format(*self.img_size)
             _checks.fail(ValueError, _NAME, "image", wanted, _checks.shape_of(image))

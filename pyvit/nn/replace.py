@@ -113,6 +113,10 @@ def replace_layers(
 
 def restore_layers(model: nn.Module) -> list[str]:
     """Undo :func:`replace_layers`; returns the names of the layers given back."""
+    if not isinstance(model, nn.Module):
+        _checks.fail(
+            TypeError, "restore_layers", "model", "a torch.nn.Module", type(model).__name__
+        )
     restored = []
     for name, module in model.named_modules():
         undo = module.__dict__.pop(_UNDO, None)

@@ -95,7 +95,8 @@ def number(
     """A finite float, at least ``minimum``; above zero where ``positive``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         fail(TypeError, op, argument, "a number", f"{value!r} ({type(value).__name__})")
-    if not math.isfinite(value):
+    # Not math.isfinite: torch.compile's symbolic floats know comparisons alone.
+    if not -math.inf < value < math.inf:
         fail(ValueError, op, argument, "finite", value)
     if positive and value <= 0:
         fail(ValueError, op, argument, "above 0", value)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyvit import _native
 
@@ -46,6 +47,17 @@ def require_kernels(op: str, value: Tensor) -> None:
             f"pyvit.{op}: no kernel for device '{device}' is built; move the tensors to the "
             "CPU with .cpu(); `python -m pyvit info` lists the kernels this installation has"
         )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through its autograd Function.
+
+    Also wherever forward-mode derivatives are being taken: the Function refuses them, while the
+    bare op would let them pass as zeros.
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -131,29 +131,25 @@ class _WeightGrad(torch.autograd.Function):
         return grad_grad, grad_x, None, None, None
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _forward_op(x, weight, bias, geometry):
     channels_last = _library.is_channels_last(x) or _library.is_channels_last(weight)
     return torch.ops.pyvit.conv2d(x, weight, bias, *geometry, channels_last)
 
 
 def _forward(x, weight, bias, geometry):
-    if _needs_grad(x, weight, bias):
+    if _library.needs_grad(x, weight, bias):
         return _Conv2d.apply(x, weight, bias, geometry)
     return _forward_op(x, weight, bias, geometry)
 
 
 def _input_grad(grad, weight, input_size, channels_last, geometry):
-    if _needs_grad(grad, weight):
+    if _library.needs_grad(grad, weight):
         return _InputGrad.apply(grad, weight, input_size, channels_last, geometry)
     return torch.ops.pyvit.conv2d_input_grad(grad, weight, input_size, *geometry, channels_last)
 
 
 def _weight_grad(grad, x, weight_size, channels_last, geometry):
-    if _needs_grad(grad, x):
+    if _library.needs_grad(grad, x):
         return _WeightGrad.apply(grad, x, weight_size, channels_last, geometry)
     return torch.ops.pyvit.conv2d_weight_grad(grad, x, weight_size, *geometry, channels_last)
 

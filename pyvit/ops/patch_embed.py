@@ -296,6 +296,6 @@ def patch_embed(
         _checks.shape(op, "pos_embed", pos_embed, (1,) * (pos_embed.dim() - 2) + (tokens, dim), why)
         pos_embed = pos_embed.reshape(tokens, dim).contiguous()
     arguments = (image, weight, bias, pos_embed, cls_token, mean, std)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments):
+    if _library.needs_grad(*arguments):
         return _PatchEmbed.apply(*arguments, step)
     return torch.ops.pyvit.patch_embed(*arguments, step)

@@ -190,10 +190,6 @@ class _WithPenalty(torch.autograd.Function):
         return *_wanted(gradients, ctx.needs), None, None
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 def _checked(op: str, q, k, v, topk, scale):
     """q, k, v cast and laid out as the kernels take them, and the scale as a number."""
     for name, value in (("q", q), ("k", k), ("v", v)):
@@ -278,7 +274,7 @@ def topk_attention(
     op = "topk_attention"
     q, k, v, scale = _checked(op, q, k, v, topk, scale)
     _checks.choice(op, "backward", backward, ("selected", "dense"))
-    if not _needs_grad(q, k, v):
+    if not _library.needs_grad(q, k, v):
         return torch.ops.pyvit.topk_attention(q, k, v, topk, scale, False)[0]
     if backward == "dense" or topk >= k.shape[2]:
         return _Dense.apply(q, k, v, topk, scale)
@@ -334,6 +330,6 @@ def attention_with_penalty(
         torch.Size([2, 4, 197])
     """
     q, k, v, scale = _checked("attention_with_penalty", q, k, v, topk, scale)
-    if not _needs_grad(q, k, v):
+    if not _library.needs_grad(q, k, v):
         return torch.ops.pyvit.attention_with_penalty(q, k, v, topk, scale, False)[:3]
     return _WithPenalty.apply(q, k, v, topk, scale)

@@ -62,13 +62,13 @@ class _Fold(torch.autograd.Function):
 
 
 def _unfold(x, geometry):
-    if torch.is_grad_enabled() and x.requires_grad:
+    if _library.needs_grad(x):
         return _Unfold.apply(x, geometry)
     return torch.ops.pyvit.unfold(x, *geometry)
 
 
 def _fold(cols, output_size, geometry):
-    if torch.is_grad_enabled() and cols.requires_grad:
+    if _library.needs_grad(cols):
         return _Fold.apply(cols, output_size, geometry)
     return torch.ops.pyvit.fold(cols, output_size, *geometry)
 
