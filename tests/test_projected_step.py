@@ -345,6 +345,17 @@ def test_without_a_ball(norm):
         torch.testing.assert_close(length, torch.full_like(length, 0.4), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("step", ["sign", "raw"])
+@pytest.mark.parametrize("lo", [-math.inf, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_l1_without_bounds_is_l1_with_far_bounds(dtype, lo, step):
+    x, grad, x0, _ = tensors((3, 3, 17, 19), dtype)
+    options = dict(norm="l1", step_size=5.0, eps=4.0, step=step)
+    y = projected_step(x, grad, x0, bounds=(lo, math.inf), **options)
+    far = projected_step(x, grad, x0, bounds=(max(lo, -1e4), 1e4), **options)
+    assert torch.equal(y, far) and not torch.equal(y, x0)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4), (0,)], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_empty(norm, shape):

@@ -191,7 +191,8 @@ class L1Image {
         const V slides = above < room ? moved : none;
         sliding.add_abs(slides * size);
         sliding_count.add_abs(slides);
-        full.add_abs((moved - slides) * (room > none ? room : none));
+        // A choice, not a product: room is infinite where there is no bound, and 0·∞ is NaN.
+        full.add_abs(above < room ? none : (room > none ? room : none));
       });
     });
     const double n = sliding_count.total(), sum = sliding.total() + full.total();
