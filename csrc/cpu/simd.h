@@ -10,6 +10,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -87,14 +89,32 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-// Sum of the lanes, always in the same order (halves added together).
+// Lane i takes lane i + Shift, in a circle.
+template <int Shift, class T, int... Lane>
+inline Vec<T> rotate_lanes(Vec<T> v, std::integer_sequence<int, Lane...>) {
+  constexpr int L = kLanes<T>;
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, ((Lane + Shift) % L)...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(v, Vec<Index>{((Lane + Shift) % L)...});
+#endif
+}
+
+// combine() of all lanes, always in the same order: halves with each other.
+template <class T, int Half = kLanes<T> / 2, class Combine>
+inline T reduce_lanes(Vec<T> v, const Combine& combine) {
+  if constexpr (Half == 0) {
+    return v[0];
+  } else {
+    const auto lanes = std::make_integer_sequence<int, kLanes<T>>{};
+    return reduce_lanes<T, Half / 2>(combine(v, rotate_lanes<Half, T>(v, lanes)), combine);
+  }
+}
+
 template <class T>
 inline T reduce_add(Vec<T> v) {
-  T lane[kLanes<T>];
-  store(lane, v);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  return reduce_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 
 // Masks over the lanes of Vec<float>. A masked load does not touch memory where the mask is off.

@@ -97,16 +97,11 @@ inline V lane_min(V bound, V x) {
 
 template <class T>
 inline T reduce_max(Vec<T> v) {
-  T lane[kLanes<T>];
-  store(lane, v);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i + half] > lane[i] ? lane[i + half] : lane[i];
-  return lane[0];
+  return reduce_lanes<T>(v, lane_max<Vec<T>>);
 }
-
 template <class T>
 inline T reduce_min(Vec<T> v) {
-  return -reduce_max<T>(-v);
+  return reduce_lanes<T>(v, lane_min<Vec<T>>);
 }
 
 // ---- exp ----------------------------------------------------------------------------------
