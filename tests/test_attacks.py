@@ -566,6 +566,8 @@ def test_normalized():
     assert set(model.state_dict()) == {f"model.{key}" for key in inner.state_dict()}
     assert FGSM(model)(images, labels).shape == images.shape
     assert normalized(inner.double(), mean, std)(images.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"pyvit\.attacks\.normalized: `x` must be .*3 values"):
+        normalized(inner, mean, std)(images[:, :2])
 
 
 # ---- progress -------------------------------------------------------------------------------

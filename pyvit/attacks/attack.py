@@ -53,7 +53,8 @@ class Attack:
             are chosen from the other classes.
         loss: "cross_entropy", "margin" (of logits, after Carlini & Wagner) or a function
             ``(logits, labels) -> [B]``. Losses are summed, not averaged, over the batch, so that
-            an image's gradient depends neither on the batch's size nor on its other images.
+            an image's gradient depends neither on the batch's size nor on its other images, as far
+            as the model's layers keep to that.
         restarts: runs from different random starts; each image keeps the run that fooled the
             model or, if none or several did, that with the best loss.
         early_stop: an image leaves the batch once it fools the model, and the rest goes on as a

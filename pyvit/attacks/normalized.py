@@ -25,6 +25,10 @@ class Normalized(nn.Module):
         self.training = model.training
 
     def forward(self, x: Tensor) -> Tensor:
+        channels = self.mean.shape[1]
+        if x.dim() != 4 or channels not in (1, x.shape[1]):
+            wanted = f"of shape [B, {channels}, H, W] (mean and std have {channels} values)"
+            _checks.fail(ValueError, "attacks.normalized", "x", wanted, _checks.shape_of(x))
         return self.model((x - self.mean.to(x.dtype)) / self.std.to(x.dtype))
 
 
@@ -38,7 +42,7 @@ def normalized(
 
     Args:
         model: takes ``[B, C, H, W]``.
-        mean, std: one value a channel, ``[C]``, in image units; std above 0.
+        mean, std: one value a channel, ``[C]``, or one for all; in image units; std above 0.
 
     Example:
         >>> import torch, pyvit.attacks

@@ -29,7 +29,8 @@ class PGD(Attack):
 
     Without a random start, norm "linf" equals torchattacks' PGD bit for bit on the same model
     where the batch size is a power of two (theirs averages the loss over the batch, which scales
-    the gradient by 1/B; ours sums it, so that an image's result does not depend on its batch).
+    the gradient by 1/B; ours sums it, so that an image's gradient does not depend on the batch
+    where the model's layers keep images apart).
 
     Args:
         model: images to logits; see ``Attack`` for this and for the arguments not listed here.
