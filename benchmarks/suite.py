@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small batches, few rounds: a check")
     parser.add_argument("--only", action="append", choices=ops(), help="this op; may be repeated")
     parser.add_argument("--match", default="", help="only the rows whose title contains this")
+    parser.add_argument("--seconds", type=float, default=Options.seconds, help="for each row")
     parser.add_argument("--compile", action="store_true", help="torch.compile'd peers too (slow)")
     parser.add_argument("--threads", type=int, help="threads for ours and the peers alike")
     parser.add_argument("--json", type=Path, help="write the results there")
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
-    options = Options(quick=asked.quick, compile=asked.compile)
+    options = Options(quick=asked.quick, seconds=asked.seconds, compile=asked.compile)
     cases = [c for c in collect(asked.only or ops(), options) if asked.match in c.id]
     results, peaks = run_all(cases, options)
     described = machine.describe()
