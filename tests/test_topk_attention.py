@@ -20,7 +20,6 @@ from attention_truth import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import forward_ad
 
 from pyvit.ops import topk_attention
 from pyvit.reference import topk_attention as reference

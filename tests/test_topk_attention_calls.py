@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from attention_truth import SHAPES, tensors, with_gradients
 from memory import peak_extra_bytes
+from torch.autograd import forward_ad
 
 from pyvit.ops import topk_attention
 
