@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -58,6 +59,46 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, grad):
+        ctx.op = op
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError(
+            f"pyvit.{ctx.op}: second derivatives are not offered; its gradients can be used, not "
+            "differentiated (pyvit.conv2d, unfold and fold are twice differentiable)"
+        )
+
+
+def once_differentiable(op: str):
+    """Decorator for the backward of an autograd Function that is differentiable once.
+
+    torch's own of this name says nothing where the incoming gradient needs no gradient, as under
+    ``f(x).sum().backward(create_graph=True)``: the second-order term is then silently missing.
+    """
+
+    def decorate(backward):
+        @functools.wraps(backward)
+        def once(ctx, *grads):
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return results
+            return tuple(
+                _NoSecondDerivative.apply(op, r.detach().requires_grad_())
+                if isinstance(r, Tensor)
+                else r
+                for r in results
+            )
+
+        return once
+
+    return decorate
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import pyvit.ops.conv2d  # noqa: F401  (overlapping patches use its input gradient)
 from pyvit.ops import _checks, _library
@@ -110,7 +109,7 @@ class _PatchEmbed(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @_library.once_differentiable("patch_embed")
     def backward(ctx, grad):
         image, weight, mean, std = ctx.saved_tensors
         wants_image, wants_weight, wants_bias, wants_pos, wants_class, wants_mean, wants_std, _ = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyvit.ops import _checks, _library
 
@@ -128,7 +127,7 @@ class _Selected(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_library.once_differentiable("topk_attention")
     def backward(ctx, grad):
         q, k, v, indices, weights = ctx.saved_tensors
         gradients = torch.ops.pyvit.topk_attention_backward(
@@ -150,7 +149,7 @@ class _Dense(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_library.once_differentiable("topk_attention")
     def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
         gradients = torch.ops.pyvit.attention_dense_backward(
@@ -176,7 +175,7 @@ class _WithPenalty(torch.autograd.Function):
         return out, tail_energy, hoyer
 
     @staticmethod
-    @once_differentiable
+    @_library.once_differentiable("attention_with_penalty")
     def backward(ctx, grad, grad_tail, grad_hoyer):
         q, k, v, selection = ctx.saved_tensors
         if selection is None:
