@@ -48,6 +48,7 @@ struct Gather {
   Destination<S> destination;
   int64_t batch, groups;
   const S* bias;
+  int64_t group_stride;  // of the weights
 
   bool channels_last() const {
     // With few channels a group, the vector side would be mostly padding.
@@ -63,7 +64,6 @@ struct Gather {
     if (bias != nullptr) one.bias += g * destination.channels;
     return one;
   }
-  int64_t group_stride;  // of the weights
 };
 
 // ---- planar: A = weights, B = patches, C = [channel][pixel] --------------------------------

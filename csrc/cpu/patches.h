@@ -82,7 +82,7 @@ inline void copy_clipped(T* dst, const S* row, int64_t first, int64_t step, int6
   if constexpr (std::is_same_v<S, float>) {
     if (step * stride == 1) {
       for (int64_t t = 0; t < count; t += 16) {
-        const __mmask16 inside = first_lanes(end - t) & ~first_lanes(begin - t);
+        const __mmask16 inside = lanes_between(begin - t, end - t);
         const __m512 v = _mm512_maskz_loadu_ps(inside, row + first + t);
         _mm512_mask_storeu_ps(dst + t, first_lanes(count - t), v);
       }

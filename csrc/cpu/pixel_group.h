@@ -52,12 +52,11 @@ struct MaskedGroup {
         const PixelRun& run = group.runs[r];
         // Source column of run pixel t: first + t · Step.
         const int64_t first = run.column * Step + source.taps[1][tap].offset;
-        const int64_t before = std::max<int64_t>(0, ceil_div(-first, Step));
-        const int64_t inside = std::min(run.count, ceil_div(source.width - first, Step));
+        const Span span = inside(first, Step, source.width, run.count);
         for (int half = 0; half < 2; ++half) {
-          const int64_t begin = run.at + before - half * L, end = run.at + inside - half * L;
+          const int64_t begin = run.at + span.begin - half * L, end = run.at + span.end - half * L;
           Masks& m = masks[tap][r][half];
-          m.take = lanes_between(begin, std::max(begin, end));
+          m.take = lanes_between(begin, end);
           const int64_t last = std::max(2 * begin, 2 * end - 1);
           m.low = lanes_between(2 * begin, last);
           m.high = lanes_between(2 * begin - L, last - L);

@@ -11,7 +11,8 @@
 namespace pyvit {
 
 // `elements` sums over K terms each. The number of parts depends on the sizes alone, so that the
-// result does not depend on the number of threads; the partial sums stay below a megabyte.
+// result does not depend on the number of threads; the partial sums take at most a megabyte, and
+// no more than what the product's own scratch leaves of the limit of one thread.
 template <class T>
 class SplitSum {
  public:
@@ -38,7 +39,9 @@ class SplitSum {
  private:
   static int64_t count_parts(int64_t K, int64_t elements) {
     const int64_t bytes = std::max<int64_t>(1, elements * static_cast<int64_t>(sizeof(T)));
-    const int64_t room = (1 << 20) / bytes, useful = ceil_div(K, 4 * Panel<T>::KC);
+    const int64_t left = kScratchLimit - Panel<T>::scratch_bytes(Panel<T>::MB, Panel<T>::NB);
+    const int64_t room = std::min<int64_t>(1 << 20, left) / bytes;
+    const int64_t useful = ceil_div(K, 4 * Panel<T>::KC);
     return std::max<int64_t>(1, std::min<int64_t>({16, room, useful}));
   }
 

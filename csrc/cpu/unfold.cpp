@@ -115,12 +115,9 @@ struct LineLayout {
 
 // line[t] += widen(from[t·stride]) for t in [0, count)
 template <class S>
-void add_run(Compute<S>* line, const S* from, int64_t stride, int64_t count) {
+void add_strided(Compute<S>* line, const S* from, int64_t stride, int64_t count) {
   if constexpr (std::is_same_v<S, Compute<S>>) {
-    if (stride == 1) {
-      for (int64_t t = 0; t < count; ++t) line[t] += from[t];
-      return;
-    }
+    if (stride == 1) return add_run(line, from, count);
   }
   Compute<S> widened[kLine];
   if (stride == 1) {
@@ -128,7 +125,7 @@ void add_run(Compute<S>* line, const S* from, int64_t stride, int64_t count) {
   } else {
     for (int64_t t = 0; t < count; ++t) widened[t] = widen(from[t * stride]);
   }
-  for (int64_t t = 0; t < count; ++t) line[t] += widened[t];
+  add_run(line, widened, count);
 }
 
 // Row h of one channel; `elements` is that channel's first row of the column matrix.
@@ -143,7 +140,7 @@ void fold_row(const UnfoldShape& s, const LineLayout& layout, const S* elements,
     const S* from = elements + i * s.kernel[1] * stride[1] + row * s.grid[1] * stride[2];
     for (const LineLayout::Run& run : layout.runs) {
       if (run.count > 0)
-        add_run(line + run.place, from + run.patch * stride[2], stride[2], run.count);
+        add_strided(line + run.place, from + run.patch * stride[2], stride[2], run.count);
       from += stride[1];
     }
   }
