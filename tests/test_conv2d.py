@@ -37,6 +37,8 @@ SHAPES = {
     "blocks": (1, 4, 24, 24, 300, 3, 1, 1, 1, 1),
     "one-row": (2, 3, 1, 40, 4, (1, 5), 1, (0, 2), 1, 1),
     "dilated": (2, 4, 15, 15, 4, 3, 2, 4, 4, 1),
+    # The image's gradient in several bands, the weight's in several partial sums.
+    "large-image": (2, 3, 260, 230, 8, 7, 2, 3, 1, 1),
 }
 
 
@@ -163,12 +165,13 @@ def test_strided_inputs():
         "slice": torch.randn(10, 6, 5, 5)[2:7, 1:4, 1:4, :3],
         "transposed": torch.randn(3, 5, 3, 3).transpose(0, 1),
         "channels_last": torch.randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last),
+        "many outputs": torch.randn(40, 3, 3, 3).contiguous(memory_format=torch.channels_last),
     }
-    bias = torch.randn(10)[::2]
     for x in views.values():
         for weight in weights.values():
             channels = x.shape[1]
             w = weight[:, :1].expand(-1, channels, -1, -1) if channels != 3 else weight
+            bias = torch.randn(2 * len(w))[::2]
             exact = (x.double(), w.double(), bias.double())
             grad = torch.randn_like(F.conv2d(*exact, 1, 1))
             truth = with_gradients(F.conv2d, exact, (1, 1), grad)
@@ -212,7 +215,9 @@ def test_nan_stays_where_it_is_read():
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", ["stem", "small-image", "strided-groups", "depthwise", "deep"])
+@pytest.mark.parametrize(
+    "shape", ["stem", "small-image", "strided-groups", "depthwise", "deep", "large-image"]
+)
 def test_repeatable_and_batch_invariant(shape, memory_format):
     geometry = SHAPES[shape][6:]
     x, weight, bias = tensors((7, *SHAPES[shape][1:]), torch.float32, FORMATS[memory_format])
