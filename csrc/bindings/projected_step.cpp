@@ -44,7 +44,7 @@ ProjectedStep describe(const Tensor& x, const Tensor& grad, const Tensor& x0, co
 Tensor without_momentum(Tensor x, Tensor grad, Tensor x0, int64_t norm, bool raw, bool targeted,
                         double step_size, double eps, MaybeTensor step_sizes,
                         MaybeTensor eps_of_image, double lo, double hi, double quantile) {
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = pyvit::empty_like(x);
   projected_step(dtype_of(x), describe(x, grad, x0, out, norm, raw, targeted, step_size, eps,
                                        step_sizes, eps_of_image, lo, hi, quantile));
   return out;
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> with_momentum(Tensor x, Tensor grad, Tensor x0, int64
                                          MaybeTensor step_sizes, MaybeTensor eps_of_image,
                                          double lo, double hi, double quantile, Tensor momentum,
                                          double decay) {
-  Tensor out = torch::stable::empty_like(x), momentum_out = torch::stable::empty_like(momentum);
+  Tensor out = pyvit::empty_like(x), momentum_out = pyvit::empty_like(momentum);
   ProjectedStep step = describe(x, grad, x0, out, norm, raw, targeted, step_size, eps, step_sizes,
                                 eps_of_image, lo, hi, quantile);
   step.has_momentum = true;

@@ -13,11 +13,6 @@ Tensor empty_rows(const Tensor& like, int64_t batch, int64_t heads, int64_t rows
   return torch::stable::transpose(empty_like_options(like, {batch, rows, heads, columns}), 1, 2);
 }
 
-Tensor empty_of(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
-  return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt,
-                              MemoryFormat::Contiguous);
-}
-
 ScalarType compute_type(const Tensor& like) {
   return like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

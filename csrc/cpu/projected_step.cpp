@@ -1,11 +1,12 @@
 // Method. The images are cut into chunks of kChunk elements, each done by one thread.
 //
 // L-infinity needs one pass and rounds to the storage type after each operation, as a chain of
-// PyTorch operators does, so that the results are the same bits. L2 needs two norms of each image
-// (of what the step follows, and of the perturbation), so it runs as phases with a sum for every
-// chunk in between; the sums are in double, in an order that neither the threads nor the other
-// images change. What is cheap to compute again is computed again: only the result is written.
-// L1 is in projected_step_l1.cpp.
+// PyTorch operators does, so that the results are the same bits. L2 needs two lengths of each image,
+// of what the step follows, d, and of the perturbation after the step. One pass gives both:
+//     ‖x + a·d - x0‖² = ‖x - x0‖² + 2a·⟨x - x0, d⟩ + a²·‖d‖²,
+// summed chunk by chunk in double, in an order that neither the threads nor the other images
+// change; a second one, from the cache where the image fits, writes the result. L1 is in
+// projected_step_l1.cpp.
 #include "projected_step.h"
 
 #include <cmath>
@@ -20,17 +21,22 @@ namespace {
 
 constexpr int64_t kChunk = 16384;
 
-// v / divisor, for a norm or mean that may lie near the ends of the type's range: both are first
-// scaled by a power of two, which costs no precision. Zero divides to zero: an image without a
-// gradient stays where it is.
+// A power of two that keeps a norm or a mean near the ends of the type's range away from them: both
+// sides of a quotient are multiplied by it, which costs no precision.
+template <class T>
+double safe_scale(double value) {
+  if (sizeof(T) == 4 && value > 1e30) return 0x1p-60;
+  if (sizeof(T) == 4 && value < 1e-30) return 0x1p60;
+  return 1;
+}
+
+// v / divisor. Zero divides to zero: an image without a gradient stays where it is.
 template <class T>
 struct Divisor {
   Vec<T> scale, divisor;
 
   explicit Divisor(double value) {
-    double s = 1;
-    if (sizeof(T) == 4 && value > 1e30) s = 0x1p-60;
-    if (sizeof(T) == 4 && value < 1e-30) s = 0x1p60;
+    const double s = safe_scale<T>(value);
     scale = broadcast(static_cast<T>(s));
     divisor = broadcast(value == 0 ? T(1) : static_cast<T>(value * s));
   }
@@ -42,6 +48,36 @@ Vec<T> clamp(Vec<T> v, Vec<T> lo, Vec<T> hi) {  // lets NaN pass
   v = v < lo ? lo : v;
   return v > hi ? hi : v;
 }
+
+// ‖d‖², ‖x - x0‖² and ⟨x - x0, d⟩ of an image or of a part of it.
+struct L2Sums {
+  double direction, delta, product;
+
+  void operator+=(const L2Sums& other) {
+    direction += other.direction;
+    delta += other.delta;
+    product += other.product;
+  }
+  // ‖x - x0 + a·d‖
+  double length_after(double a) const {
+    const double square = delta + 2 * a * product + a * a * direction;
+    return std::sqrt(square < 0 ? 0 : square);  // rounding may go below zero; NaN passes
+  }
+};
+
+template <class T>
+class L2Lanes {
+ public:
+  void add(Vec<T> d, Vec<T> delta) {
+    direction_.add_product(d, d);
+    delta_.add_product(delta, delta);
+    product_.add_product(delta, d);
+  }
+  L2Sums total() const { return {direction_.total(), delta_.total(), product_.total()}; }
+
+ private:
+  Sum<T> direction_, delta_, product_;
+};
 
 template <class S>
 class Step {
@@ -58,10 +94,7 @@ class Step {
         hi_(rounded(p.hi)) {
     const size_t sums = static_cast<size_t>(p.batch * chunks_);
     if (p.has_momentum) gradient_sums_.resize(sums);
-    if (p.norm == StepNorm::l2) {
-      direction_sums_.resize(sums);
-      delta_sums_.resize(sums);
-    }
+    if (p.norm == StepNorm::l2) l2_sums_.resize(sums);
   }
 
   void run() const {
@@ -75,8 +108,7 @@ class Step {
     } else {
       if (p_.has_momentum) add(&Step::update_momentum);
       if (p_.norm == StepNorm::l2) {
-        if (!p_.raw) add(&Step::sum_direction);
-        add(&Step::sum_delta);
+        add(&Step::sum_squares);
         add(&Step::l2);
       }
     }
@@ -108,7 +140,10 @@ class Step {
     pieces(image, chunk, [&](const Piece<S>& piece) {
       S buffer[kPiece];
       const S* g = piece.values(kGrad, buffer);
-      for_each_vector(g, g, g, piece.count, [&](int64_t, int, V v, V, V) { sum.add_abs(v); });
+      Sum<T> in_registers = sum;
+      for_each_vector(g, g, g, piece.count,
+                      [&](int64_t, int, V v, V, V) { in_registers.add_abs(v); });
+      sum = in_registers;
     });
     gradient_sums_[at(image, chunk)] = sum.total();
   }
@@ -155,51 +190,40 @@ class Step {
     }
   }
 
-  void sum_direction(int64_t image, int64_t chunk) const {
-    const int direction = p_.direction();
-    Sum<T> sum;
-    pieces(image, chunk, [&](const Piece<S>& piece) {
-      S buffer[kPiece];
-      const S* d = piece.values(direction, buffer);
-      for_each_vector(d, d, d, piece.count, [&](int64_t, int, V v, V, V) { sum.add_square(v); });
-    });
-    direction_sums_[at(image, chunk)] = sum.total();
-  }
-
-  // x + step_size * direction / ‖direction‖, before any projection.
-  auto l2_moved(int64_t image) const {
-    const Divisor<T> by_norm(p_.raw ? 1.0 : std::sqrt(total(direction_sums_, image)));
-    const V alpha = broadcast(signed_step(image));
-    return [=](V x, V d) { return x + alpha * by_norm(d); };
-  }
-
-  void sum_delta(int64_t image, int64_t chunk) const {
-    const auto moved = l2_moved(image);
-    Sum<T> sum;
+  void sum_squares(int64_t image, int64_t chunk) const {
+    L2Lanes<T> sums;
     pieces(image, chunk, [&](const Piece<S>& piece) {
       S buffer[3][kPiece];
       const S* x = piece.values(kX, buffer[0]);
       const S* d = piece.values(p_.direction(), buffer[1]);
       const S* x0 = piece.values(kX0, buffer[2]);
+      L2Lanes<T> in_registers = sums;
       for_each_vector(x, d, x0, piece.count, [&](int64_t, int, V vx, V vd, V vx0) {
-        sum.add_square(moved(vx, vd) - vx0);  // zero in the lanes past the end
+        in_registers.add(vd, vx - vx0);  // zeros in the lanes past the end
       });
+      sums = in_registers;
     });
-    delta_sums_[at(image, chunk)] = sum.total();
+    l2_sums_[at(image, chunk)] = sums.total();
   }
 
   void l2(int64_t image, int64_t chunk) const {
-    const auto moved = l2_moved(image);
-    const double eps = p_.eps_at(image), length = std::sqrt(total(delta_sums_, image));
+    L2Sums sums{};
+    for (int64_t c = 0; c < chunks_; ++c) sums += l2_sums_[at(image, c)];
+    const double norm = p_.raw || sums.direction == 0 ? 1 : std::sqrt(sums.direction);
+    const double step = signed_step(image), scaled = norm * safe_scale<T>(norm);
+    const V scale = broadcast(static_cast<T>(safe_scale<T>(norm)));
+    const V factor = broadcast(static_cast<T>(step / scaled));
+    auto moved = [=](V x, V d) { return x + d * scale * factor; };
+
+    const double eps = p_.eps_at(image), length = sums.length_after(step / norm);
     if (eps == std::numeric_limits<double>::infinity()) {
-      step_pieces(image, chunk,
-                  [&](V x, V d, V) { return clamp<T>(moved(x, d), lo_, hi_); });
+      step_pieces(image, chunk, [&](V x, V d, V) { return clamp<T>(moved(x, d), lo_, hi_); });
       return;
     }
     // A NaN length makes the whole image NaN, and a perturbation of zero needs no shrinking.
-    const V factor = broadcast(static_cast<T>(length <= eps ? 1.0 : eps / length));
+    const V shrink = broadcast(static_cast<T>(length <= eps ? 1.0 : eps / length));
     step_pieces(image, chunk, [&](V x, V d, V x0) {
-      return clamp<T>(x0 + (moved(x, d) - x0) * factor, lo_, hi_);
+      return clamp<T>(x0 + (moved(x, d) - x0) * shrink, lo_, hi_);
     });
   }
 
@@ -243,7 +267,8 @@ class Step {
   int64_t elements_, chunks_;
   V lo_, hi_;
   // One sum a chunk; each is written by the one task that has this chunk.
-  mutable std::vector<double> gradient_sums_, direction_sums_, delta_sums_;
+  mutable std::vector<double> gradient_sums_;
+  mutable std::vector<L2Sums> l2_sums_;
 };
 
 }  // namespace

@@ -202,11 +202,19 @@ inline void map_vectors(S* out, const S* a, const S* b, const S* c, int64_t n, c
 // The lanes of v as double: as many vectors as that takes.
 inline void widen_lanes(Vec<double> v, Vec<double>* out) { out[0] = v; }
 inline void widen_lanes(Vec<float> v, Vec<double>* out) {
+#if defined(__AVX512F__)
+  out[0] = (Vec<double>)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v));
+  out[1] = (Vec<double>)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1));
+#elif defined(__AVX2__)
+  out[0] = (Vec<double>)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v));
+  out[1] = (Vec<double>)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1));
+#else
   typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
   HalfVector half[2];
   std::memcpy(half, &v, sizeof v);
   out[0] = __builtin_convertvector(half[0], Vec<double>);
   out[1] = __builtin_convertvector(half[1], Vec<double>);
+#endif
 }
 
 template <class T>
@@ -218,10 +226,11 @@ class Sum {
     widen_lanes(v, wide);
     for (int i = 0; i < kVectors; ++i) lanes_[i] += wide[i];
   }
-  void add_square(Vec<T> v) {
-    Vec<double> wide[kVectors];
-    widen_lanes(v, wide);
-    for (int i = 0; i < kVectors; ++i) lanes_[i] += wide[i] * wide[i];
+  void add_product(Vec<T> a, Vec<T> b) {
+    Vec<double> wide_a[kVectors], wide_b[kVectors];
+    widen_lanes(a, wide_a);
+    widen_lanes(b, wide_b);
+    for (int i = 0; i < kVectors; ++i) lanes_[i] = fma(wide_a[i], wide_b[i], lanes_[i]);
   }
   double total() const {
     double sum = 0;
