@@ -14,19 +14,26 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 void run_parallel(int64_t n, RangeFunction function, void* context);
 int64_t thread_count();
 
-// f(i) for each i in [0, n), in contiguous ranges, one range a thread. Each i must write what no
+// f(begin, end) for contiguous ranges that cover [0, n), one a thread. Each i must write what no
 // other i writes; then the result does not depend on the number of threads.
 template <class F>
-void parallel_for(int64_t n, const F& f) {
+void parallel_ranges(int64_t n, const F& f) {
   auto range = [](int64_t begin, int64_t end, void* context) {
-    const F& body = *static_cast<const F*>(context);
-    for (int64_t i = begin; i < end; ++i) body(i);
+    (*static_cast<const F*>(context))(begin, end);
   };
   if (n == 1) {
-    f(0);
+    f(0, 1);
   } else if (n > 1) {
     run_parallel(n, range, const_cast<F*>(&f));
   }
+}
+
+// f(i) for each i in [0, n).
+template <class F>
+void parallel_for(int64_t n, const F& f) {
+  parallel_ranges(n, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
 }
 
 // Scratch of the present thread, kept between calls so that small ops do not pay for page faults.

@@ -1,0 +1,446 @@
+// Convolution (forward, or the phases of an input gradient) whose operand is never unfolded.
+//
+// A task owns a box of the destination: some rows and columns, up to a few hundred channels. It
+// copies the source's part under it into a band (band.h), zeros around the image included, packs
+// the weights as strips, and multiplies windows of the band with the strips (row_kernel.h). The
+// memory layouts of source and destination matter to the copies alone.
+//
+// Sums run over slices of source channels, and inside a slice over (row tap, column tap, channel).
+// The slices depend on the convolution's channels and kernel only, so a result depends neither on
+// the number of threads nor on the batch.
+#include "conv2d_band.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "band.h"
+#include "parallel.h"
+#include "row_kernel.h"
+#include "weight_strips.h"
+
+namespace pyvit {
+namespace {
+
+constexpr int64_t kSliceLength = 768;         // longest sum in registers, about
+constexpr int64_t kPanelBytes = 384 << 10;    // packed weights of one task
+constexpr int64_t kBandBytes = 128 << 10;
+constexpr int64_t kMostBandBytes = 512 << 10;
+constexpr int64_t kSumBytes = 384 << 10;      // sums waiting for their next slice
+
+// One axis of a box of destination pixels, and of the band under it.
+struct AxisPlan {
+  int64_t extent;     // destination pixels of a box, a multiple of phase_step
+  int64_t size;       // of the destination
+  int64_t phase_step, step, first_offset, span;
+
+  int64_t band(int64_t pixels) const {
+    return (ceil_div(pixels, phase_step) - 1) * step + span + 1;
+  }
+  int64_t boxes() const { return ceil_div(size, extent); }
+  int64_t count(int64_t begin) const { return std::min(extent, size - begin); }
+  void cut(int64_t parts) { extent = round_up(ceil_div(size, parts), phase_step); }
+};
+
+template <class S>
+struct Plan {
+  using T = Compute<S>;
+  const Phases<S>& phases;
+  AxisPlan rows, columns;
+  int64_t channels, slice, slices;  // source channels
+  int64_t taps = 0;                 // of all phases together
+  int64_t width, blocks;            // destination channels of a task
+  int64_t boxes_per_task, boxes;
+  bool direct;  // sums go straight to the destination
+  bool possible = false;
+
+  Plan(const Phases<S>& phases_);
+
+  const Gather<S>& any() const { return phases.list[0]; }
+  int64_t pitch(int64_t count) const {
+    // Windows that lie a multiple of a page's half apart would share few cache lines.
+    return only_column() && count % 128 == 0 ? count + 16 : count;
+  }
+  bool only_column() const { return columns.span == 0; }
+  int64_t band_elements() const {
+    return rows.band(rows.extent) * columns.band(columns.extent) * pitch(slice);
+  }
+  int64_t box_pixels() const { return rows.extent * columns.extent; }
+  int64_t padded_width() const { return round_up(width, kLanes<T>); }
+  int64_t sum_elements() const {
+    return direct ? 0 : boxes_per_task * box_pixels() * padded_width();
+  }
+  int64_t tasks() const { return any().groups * blocks * ceil_div(boxes, boxes_per_task); }
+  int64_t scratch_bytes() const {
+    return Scratch::bytes_for<T>(taps * slice * padded_width()) +
+           Scratch::bytes_for<T>(band_elements()) + Scratch::bytes_for<T>(sum_elements()) +
+           Scratch::bytes_for<T>(padded_width());
+  }
+
+ private:
+  void plan_axis(AxisPlan& axis, int index);
+  void plan_slices(int64_t most_taps);
+  void plan_boxes();
+  void plan_tasks();
+  void count_boxes() { boxes = any().batch * rows.boxes() * columns.boxes(); }
+};
+
+template <class S>
+Plan<S>::Plan(const Phases<S>& phases_) : phases(phases_) {
+  const Gather<S>& g = any();
+  channels = g.source.channels;
+  int64_t most_taps = 1;
+  for (const Gather<S>& phase : phases.list) {
+    const int64_t of_phase = phase.source.taps[0].size() * phase.source.taps[1].size();
+    taps += of_phase;
+    most_taps = std::max(most_taps, of_phase);
+  }
+  if (taps == 0) return;
+  plan_axis(rows, 0);
+  plan_axis(columns, 1);
+  plan_slices(most_taps);
+  // Fewer lanes or pixels than this would leave most of the kernel's registers idle.
+  if (g.destination.channels < 3 * kLanes<T> / 4 || columns.size < 4 * columns.phase_step) return;
+  direct = std::is_same_v<S, T> && g.destination.stride[1] == 1 &&
+           g.destination.channels % kLanes<T> == 0;
+  const int64_t strip = RowTile<T>::strip, D = g.destination.channels;
+  const int64_t row_bytes = taps * slice * static_cast<int64_t>(sizeof(T));
+  width = std::max(strip, kPanelBytes / row_bytes / strip * strip);
+  blocks = ceil_div(D, width);
+  width = std::min(D, round_up(ceil_div(D, blocks), strip));
+  plan_boxes();
+  possible = scratch_bytes() <= kScratchLimit && rows.extent > 0;
+  if (possible) plan_tasks();
+}
+
+template <class S>
+void Plan<S>::plan_axis(AxisPlan& axis, int index) {
+  int64_t least = INT64_MAX, most = INT64_MIN;
+  for (const Gather<S>& phase : phases.list) {
+    for (const Tap& tap : phase.source.taps[index]) {
+      least = std::min(least, tap.offset);
+      most = std::max(most, tap.offset);
+    }
+  }
+  axis = {0, phases.size[index], phases.stride[index], any().source.step[index], least,
+          most - least};
+}
+
+template <class S>
+void Plan<S>::plan_slices(int64_t most_taps) {
+  slices = std::max<int64_t>(1, ceil_div(channels * most_taps, kSliceLength * 5 / 4));
+  slice = ceil_div(channels, std::min(slices, channels));
+  // A band of a dilated or large kernel must hold the rows between its taps too.
+  auto least_band = [&] {
+    return rows.band(1) * columns.band(RowTile<T>::pixels * columns.phase_step) * slice *
+           static_cast<int64_t>(sizeof(T));
+  };
+  while (slice > 16 && least_band() > kMostBandBytes / 2) slice = ceil_div(slice, 2);
+  if (slice < channels) slice = std::min(channels, slice > 16 ? round_up(slice, 16) : slice);
+  slices = ceil_div(channels, slice);
+}
+
+// Boxes as large as band and sums may be, cut into equal parts.
+template <class S>
+void Plan<S>::plan_boxes() {
+  const int64_t element = sizeof(T);
+  const bool keeps_sums = !direct || slices > 1;
+  auto fits = [&](int64_t r, int64_t c) {
+    const int64_t band = rows.band(r) * columns.band(c) * pitch(slice) * element;
+    const int64_t sums = r * c * padded_width() * element;
+    return band <= kBandBytes && (!keeps_sums || sums <= kSumBytes);
+  };
+  auto rows_that_fit = [&] {
+    int64_t r = 0;
+    while (r < rows.size && fits(r + rows.phase_step, columns.extent)) r += rows.phase_step;
+    return r;
+  };
+  const int64_t wanted = std::min(rows.size, 4 * rows.phase_step);
+  const int64_t narrowest = 4 * RowTile<T>::pixels * columns.phase_step;
+  columns.cut(1);
+  for (int64_t parts = 2; rows_that_fit() < wanted && columns.extent > narrowest;
+       parts += ceil_div(parts, 4))
+    columns.cut(parts);
+  rows.cut(ceil_div(rows.size, std::max(rows.phase_step, rows_that_fit())));
+  boxes_per_task = 1;
+  count_boxes();
+}
+
+// Tasks large enough to repay the packing of their weights, and enough of them for the threads.
+template <class S>
+void Plan<S>::plan_tasks() {
+  const int64_t wanted = 2 * thread_count();
+  auto cut_channels = [&] {
+    while (tasks() < wanted && width > RowTile<T>::strip) {
+      width = round_up(ceil_div(width, 2), RowTile<T>::strip);
+      blocks = ceil_div(any().destination.channels, width);
+    }
+  };
+  auto cut_axis = [&](AxisPlan& axis, int64_t least) {
+    while (tasks() < wanted && axis.extent >= 2 * least) {
+      axis.cut(2 * axis.boxes());
+      count_boxes();
+    }
+  };
+  // Threads with different pixels pack the same weights, with different channels the same pixels.
+  const int64_t weights = taps * any().destination.channels;
+  const bool many_weights = weights > any().batch * rows.size * columns.size;
+  if (many_weights) cut_channels();
+  cut_axis(rows, rows.phase_step);
+  cut_axis(columns, 2 * RowTile<T>::pixels * columns.phase_step);
+  if (!many_weights) cut_channels();
+  if (slices == 1) return;  // a thread packs weights once and keeps them from task to task
+  const int64_t bytes = box_pixels() * padded_width() * static_cast<int64_t>(sizeof(T));
+  const int64_t parts = ceil_div(boxes, std::max<int64_t>(1, kSumBytes / bytes));
+  boxes_per_task = ceil_div(boxes, parts);
+  while (boxes_per_task > 1 && tasks() < wanted) boxes_per_task = ceil_div(boxes_per_task, 2);
+}
+
+// What one thread needs for its tasks.
+template <class S>
+class Worker {
+  using T = Compute<S>;
+  static constexpr int64_t L = kLanes<T>;
+  static constexpr int64_t strip = RowTile<T>::strip;
+
+ public:
+  Worker(const Plan<S>& plan, const int64_t kernel[2])
+      : plan_(plan), kernel_columns_(kernel[1]), phases_(plan.phases.list) {
+    Scratch scratch(plan.scratch_bytes());
+    panel_ = scratch.take<T>(plan.taps * plan.slice * plan.padded_width());
+    band_ = scratch.take<T>(plan.band_elements());
+    sums_ = scratch.take<T>(plan.sum_elements());
+    bias_ = scratch.take<T>(plan.padded_width());
+    for (Gather<S>& phase : phases_) {
+      auto& taps = phase.source.taps;
+      for (auto& axis : taps)
+        std::sort(axis.begin(), axis.end(),
+                  [](const Tap& a, const Tap& b) { return a.offset < b.offset; });
+      places_.push_back(tap_places(taps, kernel[0], kernel[1]));
+    }
+  }
+
+  void run(int64_t task) {
+    const int64_t per_block = ceil_div(plan_.boxes, plan_.boxes_per_task);
+    const int64_t block = task / per_block % plan_.blocks, g = task / per_block / plan_.blocks;
+    enter(g, block);
+    const int64_t first = task % per_block * plan_.boxes_per_task;
+    const int64_t last = std::min(plan_.boxes, first + plan_.boxes_per_task);
+    for (int64_t s = 0; s < plan_.slices; ++s) {
+      channel_ = s * plan_.slice;
+      channel_count_ = std::min(plan_.slice, plan_.channels - channel_);
+      if (plan_.slices > 1 || !packed_) pack_weights();
+      for (int64_t box = first; box < last; ++box) multiply(box, box - first, s > 0);
+    }
+    if (!plan_.direct)
+      for (int64_t box = first; box < last; ++box) finish(box, box - first);
+  }
+
+ private:
+  struct Box {
+    int64_t image, row, column, rows, columns;
+  };
+  Box box_of(int64_t index) const {
+    const int64_t across = plan_.columns.boxes(), down = plan_.rows.boxes();
+    const int64_t row = index / across % down * plan_.rows.extent;
+    const int64_t column = index % across * plan_.columns.extent;
+    return {index / across / down, row, column, plan_.rows.count(row),
+            plan_.columns.count(column)};
+  }
+
+  void enter(int64_t g, int64_t block) {
+    if (g == group_ && block == block_) return;
+    group_ = g;
+    block_ = block;
+    packed_ = false;
+    for (size_t p = 0; p < phases_.size(); ++p) {
+      phases_[p].source.data = plan_.phases.list[p].group(g).source.data;
+      phases_[p].destination.data = plan_.phases.list[p].group(g).destination.data;
+      phases_[p].weights.data = plan_.phases.list[p].group(g).weights.data;
+      phases_[p].bias = plan_.phases.list[p].group(g).bias;
+    }
+    first_channel_ = block * plan_.width;
+    width_ = std::min(plan_.width, phases_[0].destination.channels - first_channel_);
+    const S* bias = phases_[0].bias;
+    std::fill(bias_, bias_ + plan_.padded_width(), T(0));
+    if (bias != nullptr) widen_run(bias_, bias + first_channel_, width_);
+  }
+
+  int64_t vectors(int64_t from) const { return width_ - from > L ? 2 : 1; }
+
+  void pack_weights() {
+    T* to = panel_;
+    for (size_t p = 0; p < phases_.size(); ++p) {
+      const auto& taps = phases_[p].source.taps;
+      const int64_t length = taps[0].size() * taps[1].size() * channel_count_;
+      for (int64_t from = 0; from < width_; from += strip) {
+        const WeightStrip<T> one{to,       vectors(from), first_channel_ + from,
+                                 std::min(strip, width_ - from), channel_, channel_count_};
+        if (length > 0)
+          pack_weight_strip(one, phases_[p].weights, taps, places_[p], kernel_columns_);
+        to += length * one.lanes();
+      }
+    }
+    packed_ = true;
+  }
+
+  // The runs of a window for one phase, in the order of its weights.
+  void find_runs(const Gather<S>& phase, int64_t band_columns, int64_t pitch) {
+    runs_.clear();
+    for (const Tap& i : phase.source.taps[0]) {
+      for (const Tap& j : phase.source.taps[1]) {
+        const int64_t pixel = (i.offset - plan_.rows.first_offset) * band_columns + j.offset -
+                              plan_.columns.first_offset;
+        const int64_t offset = pixel * pitch;
+        if (!runs_.empty() && runs_.back().offset + runs_.back().length == offset) {
+          runs_.back().length += channel_count_;
+        } else {
+          runs_.push_back({offset, channel_count_});
+        }
+      }
+    }
+  }
+
+  T* sums_of(int64_t slot) const {
+    return sums_ + slot * plan_.box_pixels() * plan_.padded_width();
+  }
+
+  void multiply(int64_t index, int64_t slot, bool accumulate) {
+    const Box box = box_of(index);
+    const AxisPlan &down = plan_.rows, &across = plan_.columns;
+    const int64_t pitch = plan_.pitch(channel_count_);
+    const int64_t band_columns = across.band(box.columns);
+    pack_band(band_, pitch, phases_[0].source,
+              {box.image, box.row / down.phase_step * down.step + down.first_offset,
+               box.column / across.phase_step * across.step + across.first_offset, channel_,
+               down.band(box.rows), band_columns, channel_count_});
+    const T* panel = panel_;
+    for (size_t p = 0; p < phases_.size(); ++p) {
+      const Gather<S>& phase = phases_[p];
+      const int64_t residue[2] = {static_cast<int64_t>(p) / phases_across(),
+                                  static_cast<int64_t>(p) % phases_across()};
+      const int64_t rows = ceil_div(box.rows - residue[0], down.phase_step);
+      const int64_t columns = ceil_div(box.columns - residue[1], across.phase_step);
+      find_runs(phase, band_columns, pitch);
+      const int64_t length = phase.source.taps[0].size() * phase.source.taps[1].size() *
+                             channel_count_;
+      typename RowTile<T>::Arguments tile;
+      tile.pitch = across.step * pitch;
+      tile.runs = runs_.data();
+      tile.run_count = runs_.size();
+      for (int64_t from = 0; from < width_; from += strip) {
+        tile.b = panel;
+        panel += length * vectors(from) * L;
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* windows = band_ + r * down.step * band_columns * pitch;
+          T* to;
+          if (plan_.direct) {
+            const Destination<S>& d = phase.destination;
+            to = reinterpret_cast<T*>(d.data) + box.image * d.stride[0] + first_channel_ + from +
+                 (box.row / down.phase_step + r) * d.stride[2] +
+                 box.column / across.phase_step * d.stride[3];
+            tile.c_pitch = d.stride[3];
+          } else {
+            to = sums_of(slot) + from +
+                 ((r * down.phase_step + residue[0]) * box.columns + residue[1]) *
+                     plan_.padded_width();
+            tile.c_pitch = across.phase_step * plan_.padded_width();
+          }
+          multiply_row(tile, windows, to, columns, from, accumulate);
+        }
+      }
+    }
+  }
+
+  void multiply_row(typename RowTile<T>::Arguments& tile, const T* windows, T* to, int64_t columns,
+                    int64_t from, bool accumulate) const {
+    const int64_t parts = ceil_div(columns, RowTile<T>::pixels);
+    for (int64_t part = 0, at = 0; part < parts; ++part) {
+      const int64_t count = (columns - at) / (parts - part);
+      tile.a = windows + at * tile.pitch;
+      tile.c = to + at * tile.c_pitch;
+      tile.base = accumulate ? tile.c : bias_ + from;
+      tile.base_pitch = accumulate ? tile.c_pitch : 0;
+      run_row_kernel<T>(count, static_cast<int>(vectors(from)), tile);
+      at += count;
+    }
+  }
+
+  int64_t phases_across() const { return std::min(plan_.columns.phase_step, plan_.columns.size); }
+
+  // Finished sums of a box to the destination.
+  void finish(int64_t index, int64_t slot) const {
+    Box box = box_of(index);
+    const Destination<S>& phase = phases_[0].destination;
+    const int64_t row_stride = phase.stride[2] / plan_.rows.phase_step;
+    const int64_t column_stride = phase.stride[3] / plan_.columns.phase_step;
+    S* out = phase.data + box.image * phase.stride[0] + first_channel_ * phase.stride[1] +
+             box.row * row_stride + box.column * column_stride;
+    if (row_stride == box.columns * column_stride) box.columns *= box.rows, box.rows = 1;
+    const T* from = sums_of(slot);
+    const int64_t pitch = plan_.padded_width();
+    for (int64_t r = 0; r < box.rows; ++r, out += row_stride, from += box.columns * pitch) {
+      if (phase.stride[1] == 1) {
+        for (int64_t w = 0; w < box.columns; ++w)
+          narrow_run(out + w * column_stride, from + w * pitch, width_);
+      } else {
+        store_planar(out, phase.stride[1], column_stride, from, pitch, box.columns);
+      }
+    }
+  }
+
+  void store_planar(S* out, int64_t channel_stride, int64_t column_stride, const T* from,
+                    int64_t pitch, int64_t columns) const {
+    if constexpr (std::is_same_v<S, T>) {
+      if (column_stride == 1)
+        return transpose(out, channel_stride, from, pitch, 1, columns, width_);
+    }
+    constexpr int64_t kColumns = 128;
+    T block[L * kColumns];
+    for (int64_t c0 = 0; c0 < width_; c0 += L) {
+      const int64_t count = std::min(L, width_ - c0);
+      for (int64_t w0 = 0; w0 < columns; w0 += kColumns) {
+        const int64_t run = std::min(kColumns, columns - w0);
+        transpose(block, kColumns, from + w0 * pitch + c0, pitch, 1, run, count);
+        for (int64_t c = 0; c < count; ++c) {
+          S* to = out + (c0 + c) * channel_stride + w0 * column_stride;
+          if (column_stride == 1) {
+            narrow_run(to, block + c * kColumns, run);
+          } else {
+            for (int64_t w = 0; w < run; ++w)
+              to[w * column_stride] = narrow<S>(block[c * kColumns + w]);
+          }
+        }
+      }
+    }
+  }
+
+  const Plan<S>& plan_;
+  const int64_t kernel_columns_;
+  std::vector<Gather<S>> phases_;  // of the present group, with taps in order of their offsets
+  std::vector<std::vector<int64_t>> places_;
+  std::vector<BandRun> runs_;
+  T *panel_, *band_, *sums_, *bias_;
+  int64_t group_ = -1, block_ = -1, first_channel_ = 0, width_ = 0;
+  int64_t channel_ = 0, channel_count_ = 0;
+  bool packed_ = false;
+};
+
+}  // namespace
+
+template <class S>
+bool conv2d_band(const Phases<S>& phases, const int64_t kernel[2]) {
+  const Plan<S> plan(phases);
+  if (!plan.possible) return false;
+  parallel_ranges(plan.tasks(), [&](int64_t begin, int64_t end) {
+    Worker<S> worker(plan, kernel);
+    for (int64_t task = begin; task < end; ++task) worker.run(task);
+  });
+  return true;
+}
+
+template bool conv2d_band(const Phases<double>&, const int64_t[2]);
+template bool conv2d_band(const Phases<float>&, const int64_t[2]);
+template bool conv2d_band(const Phases<bfloat16>&, const int64_t[2]);
+template bool conv2d_band(const Phases<float16>&, const int64_t[2]);
+
+}  // namespace pyvit

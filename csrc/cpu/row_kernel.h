@@ -1,0 +1,98 @@
+// C[pixel, channel] = base + Σ_k A[pixel, k] · B[k, channel] for a few pixels of one image row,
+// with A read where the image lies: the rows of A are windows on one band of memory, a constant
+// distance apart, and k walks through runs of it (the rows of the kernel). Nothing is unfolded.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "simd.h"
+
+namespace pyvit {
+
+// Elements [offset, offset + length) from the first element of a window.
+struct BandRun {
+  int64_t offset, length;
+};
+
+template <class T>
+struct RowTile {
+  static constexpr int lanes = kLanes<T>;
+#if defined(__AVX512F__)
+  static constexpr int pixels = 14;  // × 2 vectors: 28 accumulators, 2 of B, 1 broadcast
+#else
+  static constexpr int pixels = 6;
+#endif
+  static constexpr int strip = 2 * lanes;  // channels of a whole strip of B; the last may be half
+
+  struct Arguments {
+    const T* a;      // first window
+    int64_t pitch;   // elements from one window to the next
+    const BandRun* runs;
+    int64_t run_count;
+    const T* b;      // [k][channels of the strip]
+    const T* base;   // what the sums are added to: row i at base + i · base_pitch
+    int64_t base_pitch;
+    T* c;
+    int64_t c_pitch;
+  };
+  using Kernel = void (*)(const Arguments&);
+};
+
+// x86 addresses reach base + {0, 1, 2} · pitch; every third row has a pointer of its own.
+template <class T, int Vectors, int... Row>
+inline void row_kernel(const typename RowTile<T>::Arguments& g,
+                       std::integer_sequence<int, Row...>) {
+  constexpr int L = kLanes<T>, rows = sizeof...(Row), bases = (rows + 2) / 3;
+  const int64_t pitch = g.pitch * static_cast<int64_t>(sizeof(T));
+  Vec<T> sum[rows][Vectors] = {};
+  const T* b = g.b;
+  for (int64_t r = 0; r < g.run_count; ++r) {
+    const char* p[bases];
+    p[0] = reinterpret_cast<const char*>(g.a + g.runs[r].offset);
+#pragma GCC unroll 5
+    for (int i = 1; i < bases; ++i) p[i] = p[i - 1] + 3 * pitch;
+    for (int64_t k = g.runs[r].length; k > 0; --k, b += Vectors * L) {
+      Vec<T> bv[Vectors];
+      for (int v = 0; v < Vectors; ++v) bv[v] = load(b + v * L);
+      auto multiply = [&](int row) {
+        const Vec<T> ai =
+            broadcast(*reinterpret_cast<const T*>(p[row / 3] + row % 3 * pitch));
+        for (int v = 0; v < Vectors; ++v) sum[row][v] = fma(ai, bv[v], sum[row][v]);
+      };
+      (multiply(Row), ...);
+#pragma GCC unroll 5
+      for (int i = 0; i < bases; ++i) {
+        p[i] += sizeof(T);
+        asm("" : "+r"(p[i]));  // or the compiler makes it one pointer a row, which spills
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < Vectors; ++v)
+      store(g.c + i * g.c_pitch + v * L, load(g.base + i * g.base_pitch + v * L) + sum[i][v]);
+}
+
+template <class T, int Vectors, int Rows>
+void row_kernel_of(const typename RowTile<T>::Arguments& g) {
+  row_kernel<T, Vectors>(g, std::make_integer_sequence<int, Rows>{});
+}
+
+template <class T, int Vectors, int... Rows>
+constexpr auto row_kernel_table(std::integer_sequence<int, Rows...>) {
+  return std::array<typename RowTile<T>::Kernel, sizeof...(Rows)>{
+      row_kernel_of<T, Vectors, Rows + 1>...};
+}
+template <class T, int Vectors>
+inline constexpr auto kRowKernels =
+    row_kernel_table<T, Vectors>(std::make_integer_sequence<int, RowTile<T>::pixels>{});
+
+// `rows` windows × a strip of one or two vectors.
+template <class T>
+inline void run_row_kernel(int64_t rows, int vectors, const typename RowTile<T>::Arguments& g) {
+  (vectors == 2 ? kRowKernels<T, 2> : kRowKernels<T, 1>)[rows - 1](g);
+}
+
+}  // namespace pyvit
