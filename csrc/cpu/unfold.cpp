@@ -1,6 +1,7 @@
 // unfold copies, so it moves bits: one task writes one row of the column matrix, a run of pixels
-// for each row of patches. With channels last, a task takes one pair of kernel row and column and
-// transposes [pixel][channel] to [channel][pixel].
+// for each row of patches. Two layouts are transposed instead, by blocks of registers: channels
+// last, [pixel][channel] to [channel][pixel], and patches far apart, whose kernel columns are
+// neighbours in memory, [patch][kernel column] to [kernel column][patch].
 //
 // fold gathers: one task owns one row of the image and adds to it, kernel row by kernel row and
 // column by column, the runs of patches that reach it. So nothing is added atomically, and each
@@ -29,13 +30,87 @@ PatchSource<S> patches_of(const UnfoldShape& shape, View4 image) {
   return source;
 }
 
-// One element of every patch of an image: a row of the column matrix.
+// dst[i] = src[i·step]
 template <class S>
-void unfold_row(const PatchSource<S>& source, int64_t image, int64_t element, S* row) {
+inline void copy_strided(S* dst, const S* src, int64_t step, int64_t n) {
+  if (step == 1) return widen_run(dst, src, n);
+  int64_t i = 0;
+#if defined(PYVIT_HAS_LANE_MASKS)
+  if constexpr (std::is_same_v<S, float>) {
+    constexpr int L = kLanes<float>;
+    for (; step == 2 && i + L < n; i += L)  // not the last ones: src may end with them
+      store(dst + i, even_lanes(load(src + 2 * i), load(src + 2 * i + L)));
+  }
+#endif
+  for (; i < n; ++i) dst[i] = src[i * step];
+}
+
+// The pixels of every patch that one element of the kernel meets: a row of the column matrix.
+template <class S>
+void unfold_row(const PatchSource<S>& source, int64_t image, int64_t element, S* out) {
   const PlanarIndex index(source, element);
-  for (int64_t h = 0; h < source.grid[0]; ++h)
-    copy_pixels(row + h * source.grid[1], source, index,
-                PixelRun{image, h, 0, 0, source.grid[1]});
+  const int64_t count = source.grid[1], step = source.step[1] * source.stride[3];
+  const int64_t first = source.taps[1][index.column_tap].offset;
+  const int64_t top = source.taps[0][index.row_tap].offset;
+  // Rows and columns of patches that meet the image; the others meet padding.
+  const Span rows = inside(top, source.step[0], source.height, source.grid[0]);
+  const Span columns = inside(first, source.step[1], source.width, count);
+  std::fill(out, out + rows.begin * count, S(0));
+  std::fill(out + rows.end * count, out + source.grid[0] * count, S(0));
+  if (rows.begin == rows.end) return;
+
+  const int64_t n = columns.end - columns.begin;
+  const int64_t pitch = source.step[0] * source.stride[2];
+  const S* from = source.data + image * source.stride[0] + index.channel * source.stride[1] +
+                  (top + rows.begin * source.step[0]) * source.stride[2] +
+                  (first + columns.begin * source.step[1]) * source.stride[3];
+  S* to = out + rows.begin * count + columns.begin;
+  if (step == 1 && pitch == count && n > 0) {  // rows follow each other here as there: one run
+    std::memcpy(to, from, ((rows.end - rows.begin - 1) * count + n) * sizeof(S));
+  } else {
+    for (int64_t r = rows.begin; r < rows.end; ++r, to += count, from += pitch)
+      copy_strided(to, from, step, n);
+  }
+  auto clear_column = [&](int64_t t) {
+    for (int64_t r = rows.begin; r < rows.end; ++r) out[r * count + t] = S(0);
+  };
+  for (int64_t t = 0; t < columns.begin; ++t) clear_column(t);
+  for (int64_t t = columns.end; t < count; ++t) clear_column(t);
+}
+
+// All elements of one kernel row of every patch: rows of the column matrix, one a kernel column.
+// The kernel's columns are neighbours in memory.
+template <class S>
+void unfold_kernel_row(const PatchSource<S>& source, int64_t image, int64_t channel,
+                       int64_t row_tap, S* out) {
+  const int64_t count = source.grid[1], L = source.pixels_per_image();
+  const int64_t columns = source.taps[1].size(), first = source.taps[1][0].offset;
+  const int64_t step = source.step[1];
+  // The patches whose kernel columns all lie inside the image, and the rest before and after.
+  const Span leftmost = inside(first, step, source.width, count);
+  const Span rightmost = inside(first + columns - 1, step, source.width, count);
+  const int64_t begin = std::min(leftmost.begin, rightmost.end), end = rightmost.end;
+  for (int64_t r = 0; r < source.grid[0]; ++r, out += count) {
+    const int64_t h = r * source.step[0] + source.taps[0][row_tap].offset;
+    const bool outside = h < 0 || h >= source.height;
+    const S* line = source.data + image * source.stride[0] + channel * source.stride[1] +
+                    (outside ? 0 : h) * source.stride[2];
+    auto one_by_one = [&](int64_t from, int64_t to) {
+      for (int64_t j = 0; j < columns; ++j)
+        for (int64_t t = from; t < to; ++t) {
+          const int64_t w = first + j + t * step;
+          out[j * L + t] = outside || w < 0 || w >= source.width ? S(0) : line[w];
+        }
+    };
+    if (outside) {
+      one_by_one(0, count);
+      continue;
+    }
+    one_by_one(0, begin);
+    if (begin < end)
+      transpose(out + begin, L, line + first + begin * step, step, 1, end - begin, columns);
+    one_by_one(end, count);
+  }
 }
 
 // All channels of one tap of every patch; rows of the column matrix are `ldc` apart.
@@ -73,6 +148,14 @@ void run_unfold(const UnfoldShape& shape, View4 image, void* columns) {
       unfold_tap(source, b, tap / shape.kernel[1], tap % shape.kernel[1],
                  out + (b * K + tap) * L, taps * L);
     });
+  } else if (image.stride[3] == 1 && shape.stride[1] > 2 && shape.kernel[1] > 2 &&
+             shape.dilation[1] == 1) {
+    const int64_t rows = shape.channels * shape.kernel[0];  // of the kernels of one image
+    parallel_for(shape.batch * rows, [&](int64_t task) {
+      const int64_t row = task % rows;
+      unfold_kernel_row(source, task / rows, row / shape.kernel[0], row % shape.kernel[0],
+                        out + task * shape.kernel[1] * L);
+    });
   } else {
     parallel_for(shape.batch * K, [&](int64_t task) {
       unfold_row(source, task / K, task % K, out + task * L);
@@ -107,6 +190,10 @@ struct LineLayout {
   template <class S>
   void store(const Compute<S>* line, S* out) const {
     if (step == 1) return narrow_run(out, line, width);
+    if constexpr (std::is_same_v<S, Compute<S>>) {
+      if (step >= 4 && width % step == 0)
+        return transpose(out, step, line, pitch, 1, step, pitch);
+    }
     for (int64_t phase = 0; phase < std::min(step, width); ++phase)
       for (int64_t w = phase, at = phase * pitch; w < width; w += step, ++at)
         out[w] = narrow<S>(line[at]);
@@ -128,37 +215,85 @@ void add_strided(Compute<S>* line, const S* from, int64_t stride, int64_t count)
   add_run(line, widened, count);
 }
 
-// Row h of one channel; `elements` is that channel's first row of the column matrix.
+// Rows [h0, h0 + rows) of one channel; `elements` is that channel's first row of the column matrix,
+// whose rows are read on for all rows of the image before the next one is begun.
 template <class S>
-void fold_row(const UnfoldShape& s, const LineLayout& layout, const S* elements,
-              const int64_t stride[3], int64_t h, S* out) {
-  Compute<S> line[2 * kLine];
-  std::fill(line, line + layout.size(), Compute<S>(0));
+void fold_rows(const UnfoldShape& s, const LineLayout& layout, const S* elements,
+               const int64_t stride[3], int64_t h0, int64_t rows, S* out) {
+  Compute<S> lines[2 * kLine];
+  const int64_t size = layout.size();
+  std::fill(lines, lines + rows * size, Compute<S>(0));
   for (int64_t i = 0; i < s.kernel[0]; ++i) {
-    const int64_t above = h + s.padding[0] - i * s.dilation[0], row = above / s.stride[0];
-    if (above < 0 || above % s.stride[0] != 0 || row >= s.grid[0]) continue;
-    const S* from = elements + i * s.kernel[1] * stride[1] + row * s.grid[1] * stride[2];
     for (const LineLayout::Run& run : layout.runs) {
-      if (run.count > 0)
-        add_strided(line + run.place, from + run.patch * stride[2], stride[2], run.count);
-      from += stride[1];
+      const S* from = elements + run.patch * stride[2];
+      elements += stride[1];
+      for (int64_t r = 0; r < rows && run.count > 0; ++r) {
+        const int64_t above = h0 + r + s.padding[0] - i * s.dilation[0];
+        const int64_t row = s.stride[0] == 1 ? above : above / s.stride[0];
+        if (above < 0 || row * s.stride[0] != above || row >= s.grid[0]) continue;
+        add_strided(lines + r * size + run.place, from + row * s.grid[1] * stride[2], stride[2],
+                    run.count);
+      }
     }
   }
-  layout.store(line, out);
+  for (int64_t r = 0; r < rows; ++r) layout.store(lines + r * size, out + r * s.width);
+}
+
+// Patches that neither overlap nor leave gaps, as those of a patch embedding: nothing is added.
+bool tiles_the_image(const UnfoldShape& s) {
+  bool tiles = true;
+  for (int axis = 0; axis < 2; ++axis)
+    tiles &= s.kernel[axis] == s.stride[axis] && s.dilation[axis] == 1 && s.padding[axis] == 0;
+  return tiles;
+}
+
+// Row h of one channel from [kernel column][patch]; pixels beyond the last whole patch are zero.
+template <class S>
+void copy_patches(const UnfoldShape& s, const S* elements, const int64_t stride[3], int64_t h,
+                  S* out) {
+  const int64_t row = h / s.kernel[0], covered = s.grid[1] * s.kernel[1];
+  if (row >= s.grid[0]) {
+    std::fill(out, out + s.width, S(0));
+    return;
+  }
+  const S* from = elements + h % s.kernel[0] * s.kernel[1] * stride[1] +
+                  row * s.grid[1] * stride[2];
+  transpose(out, s.kernel[1], from, stride[1], stride[2], s.kernel[1], s.grid[1]);
+  std::fill(out + covered, out + s.width, S(0));
+}
+
+// f(channel's first row of the column matrix, first row of the image, rows, those rows' pixels),
+// `rows` at a time.
+template <class S, class F>
+void for_each_band(const UnfoldShape& s, ColumnView columns, void* image, int64_t rows,
+                   const F& f) {
+  const int64_t bands = ceil_div(s.height, rows);
+  parallel_for(s.batch * s.channels * bands, [&](int64_t task) {
+    const int64_t plane = task / bands, h0 = task % bands * rows;
+    const S* elements = static_cast<const S*>(columns.data) +
+                        plane / s.channels * columns.stride[0] +
+                        plane % s.channels * s.kernel[0] * s.kernel[1] * columns.stride[1];
+    f(elements, h0, std::min(rows, s.height - h0),
+      static_cast<S*>(image) + (plane * s.height + h0) * s.width);
+  });
 }
 
 template <class S>
 void run_fold(const UnfoldShape& s, ColumnView columns, void* image) {
   std::vector<LineLayout> layouts;
   for (int64_t w0 = 0; w0 < s.width; w0 += kLine) layouts.emplace_back(s, w0);
-  const int64_t* stride = columns.stride;
-  parallel_for(s.batch * s.channels * s.height, [&](int64_t task) {
-    const int64_t plane = task / s.height;
-    const S* elements = static_cast<const S*>(columns.data) + plane / s.channels * stride[0] +
-                        plane % s.channels * s.kernel[0] * s.kernel[1] * stride[1];
+  const int64_t rows = 2 * kLine / layouts.front().size();
+  for_each_band<S>(s, columns, image, rows, [&](const S* elements, int64_t h0, int64_t n, S* out) {
     for (const LineLayout& layout : layouts)
-      fold_row(s, layout, elements, stride, task % s.height,
-               static_cast<S*>(image) + task * s.width + layout.w0);
+      fold_rows(s, layout, elements, columns.stride, h0, n, out + layout.w0);
+  });
+}
+
+// Copies move bits: by the size of an element.
+template <class S>
+void run_fold_patches(const UnfoldShape& s, ColumnView columns, void* image) {
+  for_each_band<S>(s, columns, image, 1, [&](const S* elements, int64_t h, int64_t, S* out) {
+    copy_patches(s, elements, columns.stride, h, out);
   });
 }
 
@@ -174,7 +309,16 @@ void unfold(DType dtype, const UnfoldShape& shape, View4 image, void* columns) {
 }
 
 void fold(DType dtype, const UnfoldShape& shape, ColumnView columns, void* image) {
-  dispatch(dtype, [&](auto s) { run_fold<decltype(s)>(shape, columns, image); });
+  if (!tiles_the_image(shape)) {
+    dispatch(dtype, [&](auto s) { run_fold<decltype(s)>(shape, columns, image); });
+    return;
+  }
+  switch (dtype) {
+    case DType::f64: return run_fold_patches<double>(shape, columns, image);
+    case DType::f32: return run_fold_patches<float>(shape, columns, image);
+    case DType::bf16:
+    case DType::f16: return run_fold_patches<uint16_t>(shape, columns, image);
+  }
 }
 
 }  // namespace pyvit
