@@ -31,6 +31,10 @@ void pack_weight_rows(Compute<S>* dst, const Gather<S>& g, int64_t m0, int64_t m
   const bool run = stride[3] == 1 && stride[2] == static_cast<int64_t>(columns.size()) &&
                    rows.back().kernel - rows[0].kernel + 1 == static_cast<int64_t>(rows.size()) &&
                    columns[0].kernel == 0 && columns.back().kernel + 1 == stride[2];
+  if (taps == 1 && stride[0] == 1) {
+    const S* w = &g.weights.at(m0, k0, rows[0].kernel, columns[0].kernel);
+    return transpose(dst, Panel<T>::lda, w, stride[1], 1, kb, mb);
+  }
   for (int64_t m = 0; m < mb; ++m) {
     T* row = dst + m * Panel<T>::lda;
     const S* w = g.weights.data + (m0 + m) * stride[0];
@@ -61,26 +65,57 @@ void pack_patch_strips(Compute<S>* dst, const PatchSource<S>& source, int64_t k0
     copy_pixel_group(dst, NR, source, k0, kb, n0 + j, std::min<int64_t>(NR, nb - j));
 }
 
+// For 1×1 layers, whose pixels are runs: a channel's run is read in one go, as memory likes it.
+template <class S>
+void pack_pixel_runs(Compute<S>* dst, const PatchSource<S>& source, int64_t k0, int64_t kb,
+                     int64_t n0, int64_t nb) {
+  using T = Compute<S>;
+  constexpr int NR = Panel<T>::NR;
+  for_each_run(source.grid, n0, nb, [&](const PixelRun& run) {
+    const S* from = source.data + run.image * source.stride[0] + k0 * source.stride[1] +
+                    run.row * source.stride[2] + run.column;
+    for (int64_t k = 0; k < kb; ++k, from += source.stride[1]) {
+      for (int64_t t = 0; t < run.count;) {
+        const int64_t at = run.at + t, lane = at % NR, count = std::min(NR - lane, run.count - t);
+        widen_run(dst + (at - lane) * kb + k * NR + lane, from + t, count);
+        t += count;
+      }
+    }
+  });
+  if (nb % NR == 0) return;
+  T* last = dst + nb / NR * NR * kb;
+  for (int64_t k = 0; k < kb; ++k) std::fill(last + k * NR + nb % NR, last + (k + 1) * NR, T(0));
+}
+
 template <class S>
 void store_planar(const Gather<S>& g, const Compute<S>* c, int64_t ldc, int64_t m0, int64_t mb,
                   int64_t n0, int64_t nb) {
   using T = Compute<S>;
   const Destination<S>& d = g.destination;
-  T line[Panel<T>::NB];
   for (int64_t m = 0; m < mb; ++m) {
     const T bias = g.bias == nullptr ? T(0) : widen(g.bias[m0 + m]);
-    for (int64_t j = 0; j < nb; ++j) line[j] = c[m * ldc + j] + bias;
+    const T* from = c + m * ldc;
     S* channel = d.data + (m0 + m) * d.stride[1];
     for_each_run(g.source.grid, n0, nb, [&](const PixelRun& run) {
       S* out = channel + run.image * d.stride[0] + run.row * d.stride[2] +
                run.column * d.stride[3];
       if (d.stride[3] == 1) {
-        narrow_run(out, line + run.at, run.count);
+        for (int64_t t = 0; t < run.count; ++t) out[t] = narrow<S>(from[run.at + t] + bias);
       } else {
-        for (int64_t t = 0; t < run.count; ++t) out[t * d.stride[3]] = narrow<S>(line[run.at + t]);
+        for (int64_t t = 0; t < run.count; ++t)
+          out[t * d.stride[3]] = narrow<S>(from[run.at + t] + bias);
       }
     });
   }
+}
+
+// Whether this is a 1×1 layer on planar images, to planar images.
+template <class S>
+bool pixels_are_runs(const Gather<S>& g) {
+  return g.source.patch_size() == g.source.channels && g.source.taps[0][0].offset == 0 &&
+         g.source.taps[1][0].offset == 0 && g.source.step[0] == 1 && g.source.step[1] == 1 &&
+         g.source.grid[0] == g.source.height && g.source.grid[1] == g.source.width &&
+         g.source.stride[3] == 1 && g.destination.stride[3] == 1 && g.destination.stride[1] != 1;
 }
 
 template <class S>
@@ -90,6 +125,7 @@ void run_planar(const Gather<S>& gather) {
   const int64_t pixels = gather.batch * gather.source.pixels_per_image();
   const BlockGrid<T> grid(gather.destination.channels, pixels, gather.groups);
   const int64_t tasks = grid.tasks();
+  const bool runs = pixels_are_runs(gather);
   parallel_for(tasks * gather.groups, [&](int64_t task) {
     const Gather<S> g = gather.group(task / tasks);
     const int64_t block = task % tasks;
@@ -99,24 +135,21 @@ void run_planar(const Gather<S>& gather) {
           pack_weight_rows(a, g, m, rows, k0, kb);
         },
         [&](T* b, int64_t k0, int64_t kb, int64_t n, int64_t columns) {
-          pack_patch_strips(b, g.source, k0, kb, n, columns);
+          if (runs) {
+            pack_pixel_runs(b, g.source, k0, kb, n, columns);
+          } else {
+            pack_patch_strips(b, g.source, k0, kb, n, columns);
+          }
         },
         [&](auto... block) { store_planar(g, block...); });
   });
 }
 
 template <class S>
-bool pixels_are_runs(const Phases<S>& phases) {
-  const Gather<S>& g = phases.list[0];
-  return phases.list.size() == 1 && g.source.patch_size() == g.source.channels &&
-         g.source.step[1] == 1 && g.source.stride[3] == 1 && g.destination.stride[3] == 1 &&
-         g.destination.stride[1] != 1;
-}
-
-template <class S>
 void run(Phases<S> phases, const int64_t kernel[2]) {
   flatten_pointwise(phases);
-  if (!pixels_are_runs(phases) && conv2d_band(phases, kernel)) return;
+  const bool runs = phases.list.size() == 1 && pixels_are_runs(phases.list[0]);
+  if (!runs && conv2d_band(phases, kernel)) return;
   for (const Gather<S>& phase : phases.list) run_planar(phase);
 }
 

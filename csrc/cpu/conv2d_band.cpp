@@ -5,9 +5,9 @@
 // the weights as strips, and multiplies windows of the band with the strips (row_kernel.h). The
 // memory layouts of source and destination matter to the copies alone.
 //
-// Sums run over slices of source channels, and inside a slice over (row tap, column tap, channel).
-// The slices depend on the convolution's channels and kernel only, so a result depends neither on
-// the number of threads nor on the batch.
+// Sums run over slices of source channels, and inside a slice over (row tap, column tap, channel)
+// in chains short enough to round as little as PyTorch. Both depend on the convolution's channels
+// and kernel only, so a result depends neither on the number of threads nor on the batch.
 #include "conv2d_band.h"
 
 #include <algorithm>
@@ -21,11 +21,13 @@
 namespace pyvit {
 namespace {
 
-constexpr int64_t kSliceLength = 768;         // longest sum in registers, about
+constexpr int64_t kChainLength = 384;         // longest sum in registers
+constexpr int64_t kPanelLength = 1152;        // longest operand that is packed whole
+constexpr int64_t kSliceLength = 640;         // a part of one that is not, about
 constexpr int64_t kPanelBytes = 384 << 10;    // packed weights of one task
 constexpr int64_t kBandBytes = 128 << 10;
 constexpr int64_t kMostBandBytes = 512 << 10;
-constexpr int64_t kSumBytes = 384 << 10;      // sums waiting for their next slice
+constexpr int64_t kSumBytes = 448 << 10;      // sums waiting for their next slice
 
 // One axis of a box of destination pixels, and of the band under it.
 struct AxisPlan {
@@ -98,8 +100,10 @@ Plan<S>::Plan(const Phases<S>& phases_) : phases(phases_) {
   plan_axis(rows, 0);
   plan_axis(columns, 1);
   plan_slices(most_taps);
-  // Fewer lanes or pixels than this would leave most of the kernel's registers idle.
-  if (g.destination.channels < 3 * kLanes<T> / 4 || columns.size < 4 * columns.phase_step) return;
+  // Fewer lanes or pixels than this would leave most of the kernel's registers idle. The columns of
+  // a 1×1 layer may be pixels of the whole batch, and a batch must not change how an image is summed.
+  const bool few_pixels = taps > 1 && columns.size < 4 * columns.phase_step;
+  if (g.destination.channels < 3 * kLanes<T> / 4 || few_pixels) return;
   direct = std::is_same_v<S, T> && g.destination.stride[1] == 1 &&
            g.destination.channels % kLanes<T> == 0;
   const int64_t strip = RowTile<T>::strip, D = g.destination.channels;
@@ -127,7 +131,11 @@ void Plan<S>::plan_axis(AxisPlan& axis, int index) {
 
 template <class S>
 void Plan<S>::plan_slices(int64_t most_taps) {
-  slices = std::max<int64_t>(1, ceil_div(channels * most_taps, kSliceLength * 5 / 4));
+  const int64_t length = channels * most_taps;
+  // Long panels are narrow, and a band is packed again for each of them: where it must be
+  // transposed, wide ones are better.
+  const bool planar = any().source.stride[1] != 1 && channels > RowTile<T>::strip;
+  slices = length <= (planar ? kSliceLength : kPanelLength) ? 1 : ceil_div(length, kSliceLength);
   slice = ceil_div(channels, std::min(slices, channels));
   // A band of a dilated or large kernel must hold the rows between its taps too.
   auto least_band = [&] {
@@ -228,7 +236,7 @@ class Worker {
     for (int64_t s = 0; s < plan_.slices; ++s) {
       channel_ = s * plan_.slice;
       channel_count_ = std::min(plan_.slice, plan_.channels - channel_);
-      if (plan_.slices > 1 || !packed_) pack_weights();
+      if (plan_.slices > 1 || !packed_) pack_panel();
       for (int64_t box = first; box < last; ++box) multiply(box, box - first, s > 0);
     }
     if (!plan_.direct)
@@ -236,6 +244,9 @@ class Worker {
   }
 
  private:
+  struct Chain {
+    int64_t first_run, run_count, length;
+  };
   struct Box {
     int64_t image, row, column, rows, columns;
   };
@@ -267,23 +278,20 @@ class Worker {
 
   int64_t vectors(int64_t from) const { return width_ - from > L ? 2 : 1; }
 
-  void pack_weights() {
+  void pack_panel() {
     T* to = panel_;
     for (size_t p = 0; p < phases_.size(); ++p) {
       const auto& taps = phases_[p].source.taps;
-      const int64_t length = taps[0].size() * taps[1].size() * channel_count_;
-      for (int64_t from = 0; from < width_; from += strip) {
-        const WeightStrip<T> one{to,       vectors(from), first_channel_ + from,
-                                 std::min(strip, width_ - from), channel_, channel_count_};
-        if (length > 0)
-          pack_weight_strip(one, phases_[p].weights, taps, places_[p], kernel_columns_);
-        to += length * one.lanes();
-      }
+      const int64_t rows = taps[0].size() * taps[1].size() * channel_count_;
+      if (rows == 0) continue;
+      pack_weights<T>({to, first_channel_, width_, channel_, channel_count_, rows},
+                      phases_[p].weights, taps, places_[p], kernel_columns_);
+      to += rows * round_up(width_, L);
     }
     packed_ = true;
   }
 
-  // The runs of a window for one phase, in the order of its weights.
+  // The runs of a window for one phase, in the order of its weights, cut into chains.
   void find_runs(const Gather<S>& phase, int64_t band_columns, int64_t pitch) {
     runs_.clear();
     for (const Tap& i : phase.source.taps[0]) {
@@ -296,6 +304,29 @@ class Worker {
         } else {
           runs_.push_back({offset, channel_count_});
         }
+      }
+    }
+    cut_into_chains();
+  }
+
+  void cut_into_chains() {
+    int64_t total = 0;
+    for (const BandRun& run : runs_) total += run.length;
+    const int64_t longest = ceil_div(total, std::max<int64_t>(1, ceil_div(total, kChainLength)));
+    uncut_.swap(runs_);
+    runs_.clear();
+    chains_.assign(1, {0, 0, 0});
+    for (BandRun rest : uncut_) {
+      while (rest.length > 0) {
+        if (chains_.back().length == longest)
+          chains_.push_back({static_cast<int64_t>(runs_.size()), 0, 0});
+        Chain& chain = chains_.back();
+        const int64_t length = std::min(rest.length, longest - chain.length);
+        runs_.push_back({rest.offset, length});
+        ++chain.run_count;
+        chain.length += length;
+        rest.offset += length;
+        rest.length -= length;
       }
     }
   }
@@ -325,10 +356,8 @@ class Worker {
                              channel_count_;
       typename RowTile<T>::Arguments tile;
       tile.pitch = across.step * pitch;
-      tile.runs = runs_.data();
-      tile.run_count = runs_.size();
       for (int64_t from = 0; from < width_; from += strip) {
-        tile.b = panel;
+        const T* weights = panel;
         panel += length * vectors(from) * L;
         for (int64_t r = 0; r < rows; ++r) {
           const T* windows = band_ + r * down.step * band_columns * pitch;
@@ -345,22 +374,31 @@ class Worker {
                      plan_.padded_width();
             tile.c_pitch = across.phase_step * plan_.padded_width();
           }
-          multiply_row(tile, windows, to, columns, from, accumulate);
+          multiply_row(tile, windows, weights, to, columns, from, accumulate);
         }
       }
     }
   }
 
-  void multiply_row(typename RowTile<T>::Arguments& tile, const T* windows, T* to, int64_t columns,
-                    int64_t from, bool accumulate) const {
+  void multiply_row(typename RowTile<T>::Arguments& tile, const T* windows, const T* weights, T* to,
+                    int64_t columns, int64_t from, bool accumulate) const {
     const int64_t parts = ceil_div(columns, RowTile<T>::pixels);
+    const int strip_vectors = static_cast<int>(vectors(from));
     for (int64_t part = 0, at = 0; part < parts; ++part) {
       const int64_t count = (columns - at) / (parts - part);
       tile.a = windows + at * tile.pitch;
+      tile.b = weights;
       tile.c = to + at * tile.c_pitch;
       tile.base = accumulate ? tile.c : bias_ + from;
       tile.base_pitch = accumulate ? tile.c_pitch : 0;
-      run_row_kernel<T>(count, static_cast<int>(vectors(from)), tile);
+      for (const Chain& chain : chains_) {
+        tile.runs = runs_.data() + chain.first_run;
+        tile.run_count = chain.run_count;
+        run_row_kernel<T>(count, strip_vectors, tile);
+        tile.b += chain.length * strip_vectors * L;
+        tile.base = tile.c;
+        tile.base_pitch = tile.c_pitch;
+      }
       at += count;
     }
   }
@@ -391,8 +429,13 @@ class Worker {
   void store_planar(S* out, int64_t channel_stride, int64_t column_stride, const T* from,
                     int64_t pitch, int64_t columns) const {
     if constexpr (std::is_same_v<S, T>) {
-      if (column_stride == 1)
-        return transpose(out, channel_stride, from, pitch, 1, columns, width_);
+      if (column_stride == 1) {
+        // Few channels at a time: each is a stream of its own to memory.
+        for (int64_t c = 0; c < width_; c += L)
+          transpose(out + c * channel_stride, channel_stride, from + c, pitch, 1, columns,
+                    std::min(L, width_ - c));
+        return;
+      }
     }
     constexpr int64_t kColumns = 128;
     T block[L * kColumns];
@@ -418,7 +461,8 @@ class Worker {
   const int64_t kernel_columns_;
   std::vector<Gather<S>> phases_;  // of the present group, with taps in order of their offsets
   std::vector<std::vector<int64_t>> places_;
-  std::vector<BandRun> runs_;
+  std::vector<BandRun> runs_, uncut_;
+  std::vector<Chain> chains_;
   T *panel_, *band_, *sums_, *bias_;
   int64_t group_ = -1, block_ = -1, first_channel_ = 0, width_ = 0;
   int64_t channel_ = 0, channel_count_ = 0;

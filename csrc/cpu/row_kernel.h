@@ -69,10 +69,12 @@ inline void row_kernel(const typename RowTile<T>::Arguments& g,
       }
     }
   }
+  const T* base = g.base;
+  T* c = g.c;
+  const int64_t base_pitch = g.base_pitch, c_pitch = g.c_pitch;  // stores might alias g
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < Vectors; ++v)
-      store(g.c + i * g.c_pitch + v * L, load(g.base + i * g.base_pitch + v * L) + sum[i][v]);
+  for (int i = 0; i < rows; ++i, base += base_pitch, c += c_pitch)
+    for (int v = 0; v < Vectors; ++v) store(c + v * L, load(base + v * L) + sum[i][v]);
 }
 
 template <class T, int Vectors, int Rows>

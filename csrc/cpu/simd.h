@@ -101,6 +101,17 @@ inline Vec<T> rotate_lanes(Vec<T> v, std::integer_sequence<int, Lane...>) {
 #endif
 }
 
+// Lane i takes lane From[i] of a followed by b.
+template <class T, int... From>
+inline Vec<T> shuffle_lanes(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, From...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(a, b, Vec<Index>{From...});
+#endif
+}
+
 // combine() of all lanes, always in the same order: halves with each other.
 template <class T, int Half = kLanes<T> / 2, class Combine>
 inline T reduce_lanes(Vec<T> v, const Combine& combine) {

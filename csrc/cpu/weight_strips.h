@@ -1,23 +1,33 @@
-// Weights as the vector side of row_kernel.h: for each strip of destination channels, the rows k
-// in the order (row tap, column tap, source channel), a strip wide.
+// Weights as the vector side of row_kernel.h: strips of destination channels, each with a row for
+// every k in the order (row tap, column tap, source channel).
 #pragma once
 
 #include <vector>
 
 #include "gather.h"
+#include "row_kernel.h"
 #include "simd.h"
 #include "transpose.h"
 
 namespace pyvit {
 
+// A block of destination and source channels; its strips lie one behind the other, the last one
+// vector wide where that is enough.
 template <class T>
-struct WeightStrip {
-  static constexpr int64_t L = kLanes<T>;
+struct WeightBlock {
+  static constexpr int64_t strip = RowTile<T>::strip;
   T* to;
-  int64_t vectors;  // one or two
-  int64_t first, width;              // destination channels; zeros from width on
-  int64_t channel, channel_count;    // source channels
-  int64_t lanes() const { return vectors * L; }
+  int64_t first, width;            // destination channels
+  int64_t channel, channel_count;  // source channels
+  int64_t rows;                    // taps × channel_count
+
+  int64_t lanes(int64_t d) const {
+    return width - d / strip * strip > kLanes<T> ? strip : kLanes<T>;
+  }
+  // Row k where destination channel `first + d` lies.
+  T* at(int64_t k, int64_t d) const {
+    return to + d / strip * strip * rows + k * lanes(d) + d % strip;
+  }
 };
 
 // Where each weight of a kernel, counted row by row, stands among the taps; -1: in another phase.
@@ -33,29 +43,30 @@ inline std::vector<int64_t> tap_places(const std::vector<Tap> taps[2], int64_t r
 // The weights of a channel pair are one run of memory (NCHW): blocks are transposed whole, and
 // their rows put where the order of k wants them.
 template <class T, class S>
-void pack_kernel_runs(const WeightStrip<T>& strip, const Weights<S>& w,
+void pack_kernel_runs(const WeightBlock<T>& block, const Weights<S>& w,
                       const std::vector<int64_t>& places) {
   constexpr int64_t L = kLanes<T>;
-  const int64_t taps = places.size(), lanes = strip.lanes();
-  // Channels side by side make one long run; else one run a channel.
+  const int64_t taps = places.size();
+  // Source channels side by side make one long run; else one run a channel.
   const bool joined = w.stride[1] == taps;
-  const int64_t runs = joined ? 1 : strip.channel_count;
-  const int64_t length = joined ? taps * strip.channel_count : taps;
-  T block[L * L];
-  for (int64_t d0 = 0; d0 < strip.width; d0 += L) {
-    const int64_t height = std::min(L, strip.width - d0);
-    for (int64_t r = 0; r < runs; ++r) {
-      const S* from =
-          w.data + (strip.first + d0) * w.stride[0] + (strip.channel + r) * w.stride[1];
+  const int64_t runs = joined ? 1 : block.channel_count;
+  const int64_t length = joined ? taps * block.channel_count : taps;
+  T turned[L * L];
+  for (int64_t r = 0; r < runs; ++r) {
+    for (int64_t d = 0; d < block.width; d += L) {
+      const int64_t height = std::min(L, block.width - d);
+      const S* from = w.data + (block.first + d) * w.stride[0] + (block.channel + r) * w.stride[1];
+      if (!joined && r + 2 < runs)  // the next channels' weights lie pages away
+        for (int64_t e = 0; e < height * taps; e += 64 / static_cast<int64_t>(sizeof(S)))
+          __builtin_prefetch(from + 2 * w.stride[1] + e);
       int64_t channel = r, tap = 0;
       for (int64_t e = 0; e < length; e += L) {
         const int64_t count = std::min(L, length - e);
-        transpose(block, L, from + e, w.stride[0], 1, height, count);
+        transpose(turned, L, from + e, w.stride[0], 1, height, count);
         for (int64_t i = 0; i < count; ++i) {
-          if (places[tap] >= 0) {
-            T* row = strip.to + (places[tap] * strip.channel_count + channel) * lanes + d0;
-            for (int64_t j = 0; j < height; ++j) row[j] = block[i * L + j];
-          }
+          if (places[tap] >= 0)
+            widen_run(block.at(places[tap] * block.channel_count + channel, d), turned + i * L,
+                      height);
           if (++tap == taps) tap = 0, ++channel;
         }
       }
@@ -64,25 +75,29 @@ void pack_kernel_runs(const WeightStrip<T>& strip, const Weights<S>& w,
 }
 
 template <class T, class S>
-void pack_weight_strip(const WeightStrip<T>& strip, const Weights<S>& w,
-                       const std::vector<Tap> taps[2], const std::vector<int64_t>& places,
-                       int64_t kernel_columns) {
-  const int64_t lanes = strip.lanes();
-  const int64_t rows = taps[0].size() * taps[1].size() * strip.channel_count;
-  if (strip.width < lanes) std::fill(strip.to, strip.to + rows * lanes, T(0));
+void pack_weights(const WeightBlock<T>& block, const Weights<S>& w, const std::vector<Tap> taps[2],
+                  const std::vector<int64_t>& places, int64_t kernel_columns) {
+  constexpr int64_t strip = WeightBlock<T>::strip;
+  const int64_t lanes = block.lanes(block.width - 1), last = (block.width - 1) / strip * strip;
+  if (block.width - last < lanes)
+    std::fill(block.at(0, last), block.at(0, last) + block.rows * lanes, T(0));
   if (w.stride[3] == 1 && w.stride[2] == kernel_columns && places.size() > 1)
-    return pack_kernel_runs(strip, w, places);
-  T* to = strip.to;
+    return pack_kernel_runs(block, w, places);
+  int64_t k = 0;
   for (const Tap& i : taps[0]) {
     for (const Tap& j : taps[1]) {
-      const S* from = &w.at(strip.first, strip.channel, i.kernel, j.kernel);
+      const S* from = &w.at(block.first, block.channel, i.kernel, j.kernel);
       if (w.stride[0] == 1) {
-        for (int64_t c = 0; c < strip.channel_count; ++c)
-          widen_run(to + c * lanes, from + c * w.stride[1], strip.width);
+        for (int64_t c = 0; c < block.channel_count; ++c)
+          for (int64_t d = 0; d < block.width; d += strip)
+            widen_run(block.at(k + c, d), from + c * w.stride[1] + d,
+                      std::min(strip, block.width - d));
       } else {
-        transpose(to, lanes, from, w.stride[0], w.stride[1], strip.width, strip.channel_count);
+        for (int64_t d = 0; d < block.width; d += strip)
+          transpose(block.at(k, d), block.lanes(d), from + d * w.stride[0], w.stride[0],
+                    w.stride[1], std::min(strip, block.width - d), block.channel_count);
       }
-      to += strip.channel_count * lanes;
+      k += block.channel_count;
     }
   }
 }
