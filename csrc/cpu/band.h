@@ -1,5 +1,5 @@
 // A band: a part of an image, some of its rows, columns and channels, copied to scratch with the
-// zeros around the image, the channels of a pixel side by side, in the type that is computed in.
+// zeros left and right of the image, the channels of a pixel side by side, in the type that is computed in.
 // Every tap of a convolution finds its operand in the band by an offset; an element is copied
 // once for all of them.
 #pragma once
@@ -75,16 +75,16 @@ void pack_band_channels(T* dst, int64_t pitch, const PatchSource<S>& source, con
   }
 }
 
-// The zeros of a band: rows and columns outside the image.
+// The zeros of a band: columns outside the image. Rows outside it are left as they are, and must
+// not be read.
 template <class T, class S>
 void clear_outside(T* dst, int64_t pitch, const PatchSource<S>& source, const BandBox& box) {
   const int64_t line = box.columns * pitch;
   const Span across = inside(box.column, 1, source.width, box.columns);
+  if (across.begin == 0 && across.end == box.columns) return;
   for (int64_t r = 0; r < box.rows; ++r, dst += line) {
-    const int64_t h = box.row + r;
-    const bool outside = h < 0 || h >= source.height || across.end <= across.begin;
-    std::fill(dst, dst + (outside ? line : across.begin * pitch), T(0));
-    if (!outside) std::fill(dst + across.end * pitch, dst + line, T(0));
+    std::fill(dst, dst + across.begin * pitch, T(0));
+    std::fill(dst + across.end * pitch, dst + line, T(0));
   }
 }
 

@@ -245,7 +245,7 @@ class Worker {
 
  private:
   struct Chain {
-    int64_t first_run, run_count, length;
+    int64_t first_run, run_count;
   };
   struct Box {
     int64_t image, row, column, rows, columns;
@@ -291,42 +291,66 @@ class Worker {
     packed_ = true;
   }
 
-  // The runs of a window for one phase, in the order of its weights, cut into chains.
-  void find_runs(const Gather<S>& phase, int64_t band_columns, int64_t pitch) {
+  // Destination rows of a phase whose windows meet the same rows of the image, and the chains of
+  // their sums: tap rows outside the image are left out.
+  struct RowGroup {
+    int64_t begin, end, first_chain, chain_count;
+  };
+
+  // `first_row` is the source row that destination row 0 of the phase reads with offset 0.
+  void group_rows(const Gather<S>& phase, int64_t rows, int64_t first_row, int64_t band_columns,
+                  int64_t pitch) {
+    const auto& taps = phase.source.taps[0];
+    groups_.clear();
+    chains_.clear();
     runs_.clear();
-    for (const Tap& i : phase.source.taps[0]) {
-      for (const Tap& j : phase.source.taps[1]) {
-        const int64_t pixel = (i.offset - plan_.rows.first_offset) * band_columns + j.offset -
-                              plan_.columns.first_offset;
-        const int64_t offset = pixel * pitch;
-        if (!runs_.empty() && runs_.back().offset + runs_.back().length == offset) {
-          runs_.back().length += channel_count_;
-        } else {
-          runs_.push_back({offset, channel_count_});
-        }
+    int64_t begin = -1, end = -1;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t h = first_row + r * plan_.rows.step;
+      auto inside = [&](const Tap& tap) {
+        return h + tap.offset >= 0 && h + tap.offset < phase.source.height;
+      };
+      const int64_t first = std::find_if(taps.begin(), taps.end(), inside) - taps.begin();
+      int64_t last = first;
+      while (last < static_cast<int64_t>(taps.size()) && inside(taps[last])) ++last;
+      if (groups_.empty() || first != begin || last != end) {
+        begin = first, end = last;
+        groups_.push_back({r, r, static_cast<int64_t>(chains_.size()), 0});
+        add_chains(phase, begin, end, band_columns, pitch);
+        groups_.back().chain_count = chains_.size() - groups_.back().first_chain;
       }
+      groups_.back().end = r + 1;
     }
-    cut_into_chains();
   }
 
-  void cut_into_chains() {
-    int64_t total = 0;
-    for (const BandRun& run : runs_) total += run.length;
+  // Chains over the tap rows [begin, end) of a window, in the order of the weights.
+  void add_chains(const Gather<S>& phase, int64_t begin, int64_t end, int64_t band_columns,
+                  int64_t pitch) {
+    const auto& across = phase.source.taps[1];
+    const int64_t total = (end - begin) * across.size() * channel_count_;
     const int64_t longest = ceil_div(total, std::max<int64_t>(1, ceil_div(total, kChainLength)));
-    uncut_.swap(runs_);
-    runs_.clear();
-    chains_.assign(1, {0, 0, 0});
-    for (BandRun rest : uncut_) {
-      while (rest.length > 0) {
-        if (chains_.back().length == longest)
-          chains_.push_back({static_cast<int64_t>(runs_.size()), 0, 0});
-        Chain& chain = chains_.back();
-        const int64_t length = std::min(rest.length, longest - chain.length);
-        runs_.push_back({rest.offset, length});
-        ++chain.run_count;
-        chain.length += length;
-        rest.offset += length;
-        rest.length -= length;
+    chains_.push_back({static_cast<int64_t>(runs_.size()), 0});
+    int64_t k = begin * across.size() * channel_count_, room = longest;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = (phase.source.taps[0][i].offset - plan_.rows.first_offset) * band_columns;
+      for (size_t j = 0; j < across.size();) {
+        const int64_t offset = (row + across[j].offset - plan_.columns.first_offset) * pitch;
+        // Taps side by side make one run.
+        int64_t left = 0;
+        do {
+          left += channel_count_, ++j;
+        } while (pitch == channel_count_ && j < across.size() &&
+                 across[j].offset == across[j - 1].offset + 1);
+        for (int64_t done = 0; done < left;) {
+          if (room == 0) {
+            chains_.push_back({static_cast<int64_t>(runs_.size()), 0});
+            room = longest;
+          }
+          const int64_t length = std::min(left - done, room);
+          runs_.push_back({offset + done, length, k});
+          ++chains_.back().run_count;
+          done += length, k += length, room -= length;
+        }
       }
     }
   }
@@ -351,51 +375,51 @@ class Worker {
                                   static_cast<int64_t>(p) % phases_across()};
       const int64_t rows = ceil_div(box.rows - residue[0], down.phase_step);
       const int64_t columns = ceil_div(box.columns - residue[1], across.phase_step);
-      find_runs(phase, band_columns, pitch);
+      group_rows(phase, rows, box.row / down.phase_step * down.step, band_columns, pitch);
       const int64_t length = phase.source.taps[0].size() * phase.source.taps[1].size() *
                              channel_count_;
       typename RowTile<T>::Arguments tile;
       tile.pitch = across.step * pitch;
-      for (int64_t from = 0; from < width_; from += strip) {
-        const T* weights = panel;
-        panel += length * vectors(from) * L;
-        for (int64_t r = 0; r < rows; ++r) {
-          const T* windows = band_ + r * down.step * band_columns * pitch;
-          T* to;
-          if (plan_.direct) {
-            const Destination<S>& d = phase.destination;
-            to = reinterpret_cast<T*>(d.data) + box.image * d.stride[0] + first_channel_ + from +
-                 (box.row / down.phase_step + r) * d.stride[2] +
+      T* corner;  // of the sums, or of the destination itself
+      int64_t row_pitch;
+      if (plan_.direct) {
+        const Destination<S>& d = phase.destination;
+        corner = reinterpret_cast<T*>(d.data) + box.image * d.stride[0] + first_channel_ +
+                 box.row / down.phase_step * d.stride[2] +
                  box.column / across.phase_step * d.stride[3];
-            tile.c_pitch = d.stride[3];
-          } else {
-            to = sums_of(slot) + from +
-                 ((r * down.phase_step + residue[0]) * box.columns + residue[1]) *
-                     plan_.padded_width();
-            tile.c_pitch = across.phase_step * plan_.padded_width();
-          }
-          multiply_row(tile, windows, weights, to, columns, from, accumulate);
-        }
+        row_pitch = d.stride[2];
+        tile.c_pitch = d.stride[3];
+      } else {
+        const int64_t width = plan_.padded_width();
+        corner = sums_of(slot) + (residue[0] * box.columns + residue[1]) * width;
+        row_pitch = down.phase_step * box.columns * width;
+        tile.c_pitch = across.phase_step * width;
+      }
+      for (int64_t from = 0; from < width_; from += strip) {
+        tile.b = panel;
+        panel += length * vectors(from) * L;
+        for (const RowGroup& group : groups_)
+          for (int64_t r = group.begin; r < group.end; ++r)
+            multiply_row(tile, group, band_ + r * down.step * band_columns * pitch,
+                         corner + r * row_pitch + from, columns, from, accumulate);
       }
     }
   }
 
-  void multiply_row(typename RowTile<T>::Arguments& tile, const T* windows, const T* weights, T* to,
-                    int64_t columns, int64_t from, bool accumulate) const {
+  void multiply_row(typename RowTile<T>::Arguments& tile, const RowGroup& group, const T* windows,
+                    T* to, int64_t columns, int64_t from, bool accumulate) const {
     const int64_t parts = ceil_div(columns, RowTile<T>::pixels);
-    const int strip_vectors = static_cast<int>(vectors(from));
     for (int64_t part = 0, at = 0; part < parts; ++part) {
       const int64_t count = (columns - at) / (parts - part);
       tile.a = windows + at * tile.pitch;
-      tile.b = weights;
       tile.c = to + at * tile.c_pitch;
       tile.base = accumulate ? tile.c : bias_ + from;
       tile.base_pitch = accumulate ? tile.c_pitch : 0;
-      for (const Chain& chain : chains_) {
+      for (int64_t c = 0; c < group.chain_count; ++c) {
+        const Chain& chain = chains_[group.first_chain + c];
         tile.runs = runs_.data() + chain.first_run;
         tile.run_count = chain.run_count;
-        run_row_kernel<T>(count, strip_vectors, tile);
-        tile.b += chain.length * strip_vectors * L;
+        run_row_kernel<T>(count, static_cast<int>(vectors(from)), tile);
         tile.base = tile.c;
         tile.base_pitch = tile.c_pitch;
       }
@@ -461,8 +485,9 @@ class Worker {
   const int64_t kernel_columns_;
   std::vector<Gather<S>> phases_;  // of the present group, with taps in order of their offsets
   std::vector<std::vector<int64_t>> places_;
-  std::vector<BandRun> runs_, uncut_;
+  std::vector<BandRun> runs_;
   std::vector<Chain> chains_;
+  std::vector<RowGroup> groups_;
   T *panel_, *band_, *sums_, *bias_;
   int64_t group_ = -1, block_ = -1, first_channel_ = 0, width_ = 0;
   int64_t channel_ = 0, channel_count_ = 0;

@@ -11,9 +11,10 @@
 
 namespace pyvit {
 
-// Elements [offset, offset + length) from the first element of a window.
+// Elements [offset, offset + length) from the first element of a window, which meet the rows of B
+// from k on.
 struct BandRun {
-  int64_t offset, length;
+  int64_t offset, length, k;
 };
 
 template <class T>
@@ -47,12 +48,12 @@ inline void row_kernel(const typename RowTile<T>::Arguments& g,
   constexpr int L = kLanes<T>, rows = sizeof...(Row), bases = (rows + 2) / 3;
   const int64_t pitch = g.pitch * static_cast<int64_t>(sizeof(T));
   Vec<T> sum[rows][Vectors] = {};
-  const T* b = g.b;
   for (int64_t r = 0; r < g.run_count; ++r) {
     const char* p[bases];
     p[0] = reinterpret_cast<const char*>(g.a + g.runs[r].offset);
 #pragma GCC unroll 5
     for (int i = 1; i < bases; ++i) p[i] = p[i - 1] + 3 * pitch;
+    const T* b = g.b + g.runs[r].k * Vectors * L;
     for (int64_t k = g.runs[r].length; k > 0; --k, b += Vectors * L) {
       Vec<T> bv[Vectors];
       for (int v = 0; v < Vectors; ++v) bv[v] = load(b + v * L);
