@@ -1,150 +1,216 @@
-// dw[o, e] = Σ_p dy[o, p] · patch(x)[e, p]: a GEMM whose long axis is the pixels of the batch.
-// Planar images have contiguous pixels, so patch elements are rows of A and dy is transposed into
-// B; with channels last, dy is transposed into A and patch elements take the vector side.
+// dw[o, e] = Σ_p dy[o, p] · patch(x)[e, p], summed over the pixels p of the batch, without
+// unfolding: a band of the image is packed once, and each tap reads it shifted, so that one packed
+// element serves all taps. dy takes the vector side, [pixel][channel]; elements of x are broadcast.
 #include "conv2d.h"
 
 #include <vector>
 
-#include "conv2d_patches.h"
-#include "gemm.h"
-#include "pixel_group.h"
+#include "conv2d_weight_grad_pack.h"
+#include "conv2d_weight_grad_plan.h"
+#include "conv2d_weight_grad_tile.h"
 #include "split_sum.h"
-#include "transpose.h"
 
 namespace pyvit {
 namespace {
 
-// Columns of dy as strips: B[pixel, o].
+// One block of dw: some output channels, channels and taps of a group, summed over some bands.
 template <class S>
-void pack_grad_strips(Compute<S>* dst, const S* dy, const int64_t stride[4], const int64_t grid[2],
-                      int64_t k0, int64_t kb, int64_t n0, int64_t nb) {
+class BlockSum {
   using T = Compute<S>;
-  constexpr int NR = Panel<T>::NR;
-  for (int64_t j = 0; j < nb; j += NR, dst += kb * NR) {
-    const int64_t width = std::min<int64_t>(NR, nb - j);
-    for_each_run(grid, k0, kb, [&](const PixelRun& run) {
-      const S* from = dy + run.image * stride[0] + run.row * stride[2] + run.column * stride[3] +
-                      (n0 + j) * stride[1];
-      transpose(dst + run.at * NR, NR, from, stride[1], stride[3], width, run.count);
-    });
-    for (int64_t k = 0; width < NR && k < kb; ++k)
-      std::fill(dst + k * NR + width, dst + (k + 1) * NR, T(0));
-  }
-}
+  static constexpr int64_t NR = Panel<T>::NR;
+  const WeightGradPlan<T>& plan_;
+  const Range out_, channels_, taps_[2];
+  const bool channels_inside_;  // order of a patch in dw: (row tap, column tap, c), else (c, …)
+  const int64_t image_rows_, pitch_, pixel_step_;
+  T *const sums_, *const image_, *const grad_;
+  std::vector<int64_t> offsets_;   // of the rows of a tile in the packed image
+  struct TapPixels {
+    int64_t image, grad;  // first pixel of the tap that lies inside
+    PixelLoops loops;
+  };
+  std::vector<TapPixels> clipped_;
 
-// Rows of dy: A[o, pixel].
-template <class S>
-void pack_grad_rows(Compute<S>* dst, const S* dy, const int64_t stride[4], const int64_t grid[2],
-                    int64_t m0, int64_t mb, int64_t k0, int64_t kb) {
-  using T = Compute<S>;
-  for_each_run(grid, k0, kb, [&](const PixelRun& run) {
-    const S* from = dy + run.image * stride[0] + run.row * stride[2] + run.column * stride[3] +
-                    m0 * stride[1];
-    transpose(dst + run.at, Panel<T>::lda, from, stride[3], stride[1], run.count, mb);
-  });
-}
+ public:
+  BlockSum(const WeightGradPlan<T>& plan, Scratch scratch, int64_t block, bool channels_inside)
+      : plan_(plan),
+        out_(plan.block_range(0, block % plan.blocks(0))),
+        channels_(plan.block_range(1, (block /= plan.blocks(0)) % plan.blocks(1))),
+        taps_{plan.block_range(2, (block /= plan.blocks(1)) % plan.blocks(2)),
+              plan.block_range(3, block / plan.blocks(2))},
+        channels_inside_(channels_inside),
+        image_rows_(plan.lines(0, taps_[0].count)),
+        pitch_(plan.lines(1, taps_[1].count)),
+        pixel_step_(plan.pixel_major ? channels_.count : 1),
+        sums_(scratch.take<T>(plan.sum_elements())),
+        image_(scratch.take<T>(plan.image_elements())),
+        grad_(scratch.take<T>(plan.grad_elements())) {}
 
-// Elements of the patches of pixels [k0, k0 + kb) as strips: B[pixel, (row tap, column tap, c)].
-template <class S>
-void pack_patch_element_strips(Compute<S>* dst, const PatchSource<S>& source, int64_t k0,
-                               int64_t kb, int64_t n0, int64_t nb) {
-  using T = Compute<S>;
-  constexpr int NR = Panel<T>::NR;
-  T line[Panel<T>::NB];
-  const int64_t padded = round_up(nb, NR);
-  std::fill(line + nb, line + padded, T(0));
-  for_each_run(source.grid, k0, kb, [&](const PixelRun& run) {
-    for (int64_t t = 0; t < run.count; ++t) {
-      copy_patch(line, source, run.image, run.row, run.column + t, n0, n0 + nb);
-      T* row = dst + (run.at + t) * NR;
-      for (int64_t j = 0; j < padded; j += NR, row += kb * NR)
-        std::copy(line + j, line + j + NR, row);
+  void clear() { std::fill(sums_, sums_ + plan_.sum_elements(), T(0)); }
+
+  void add_band(int64_t index, const S* dy, const int64_t dy_stride[4], const S* x,
+                const int64_t x_stride[4], bool accumulate) {
+    const Axis *axis = plan_.axis;
+    const BandRange band{piece(plan_.images, plan_.band.images, index / plan_.bands[2] / plan_.bands[1]),
+                         piece(axis[0].out, plan_.band.rows, index / plan_.bands[2] % plan_.bands[1]),
+                         piece(axis[1].out, plan_.band.columns, index % plan_.bands[2])};
+    BandWindow window{axis[0].lines(band.row, taps_[0], true),
+                      axis[1].lines(band.column, taps_[1], false), {}, {}};
+    window.row_span = lines_inside(window.rows, axis[0].in);
+    window.column_span = lines_inside(window.columns, axis[1].in);
+    pack_grad_band(grad_, dy, dy_stride, axis[1].out, band, out_);
+    ImageBandPacker<S>{plan_, window, channels_.count, image_rows_, pitch_}.pack(
+        image_, x + channels_.begin * x_stride[1], x_stride, band.image);
+    if (plan_.padded) {
+      multiply_all_taps(band, window, accumulate);
+    } else {
+      multiply_clipped_taps(band, window, accumulate);
     }
-  });
-}
+  }
 
-// Patch elements as rows: A[(c, row tap, column tap), pixel].
-template <class S>
-void pack_patch_element_rows(Compute<S>* dst, const PatchSource<S>& source, int64_t m0, int64_t mb,
-                             int64_t k0, int64_t kb) {
-  using T = Compute<S>;
-  constexpr int NR = Panel<T>::NR;
-  static_assert(Panel<T>::KC % NR == 0);  // a whole last group stays inside the row of A
-  for (int64_t k = 0; k < kb; k += NR)
-    copy_pixel_group(dst + k, Panel<T>::lda, source, m0, mb, k0 + k,
-                     std::min<int64_t>(NR, kb - k));
-}
+  // Hands out the finished sums: row(o) is where the elements of output channel o go, `stride`
+  // those of channel, row tap and column tap there.
+  template <class D, class Row>
+  void store_to(const Row& row, const int64_t stride[3]) const {
+    const Range dims[3] = {channels_, taps_[0], taps_[1]};
+    const int order[3] = {channels_inside_ ? 1 : 0, channels_inside_ ? 2 : 1, channels_inside_ ? 0 : 2};
+    int64_t first = 0;
+    for (int d = 0; d < 3; ++d) first += dims[d].begin * stride[d];
+    // Inner dimensions that lie side by side in dw are one run.
+    int64_t run = 1, runs[2] = {1, 1}, step[2] = {0, 0};
+    for (int d = 2, outer = 2; d >= 0; --d) {
+      const int64_t count = dims[order[d]].count, apart = stride[order[d]];
+      if (outer == 2 && (count == 1 || apart == run)) {
+        run *= count;
+      } else {
+        runs[--outer] = count, step[outer] = apart;
+      }
+    }
+    const T* from = sums_;
+    for (int64_t a = 0; a < runs[0]; ++a)
+      for (int64_t b = 0; b < runs[1]; ++b, from += run * plan_.sum_columns())
+        store_run<D>(row, first + a * step[0] + b * step[1], from, run);
+  }
+
+ private:
+  template <class D, class Row>
+  void store_run(const Row& row, int64_t first, const T* from, int64_t count) const {
+    constexpr int64_t most = 64;
+    T turned[NR * most];
+    const int64_t ldc = plan_.sum_columns();
+    for (int64_t o = 0; o < out_.count; o += NR) {
+      const int64_t width = std::min(NR, out_.count - o);
+      for (int64_t e = 0; e < count; e += most) {
+        const int64_t length = std::min(most, count - e);
+        transpose(turned, most, from + e * ldc + o, ldc, 1, length, width);
+        for (int64_t i = 0; i < width; ++i)
+          narrow_run(row(out_.begin + o + i) + first + e, turned + i * most, length);
+      }
+    }
+  }
+
+  // All elements of a patch see all pixels: zeros are packed where those lie outside.
+  void multiply_all_taps(const BandRange& band, const BandWindow& window, bool accumulate) {
+    const int64_t c_step = plan_.channel_step();
+    const int64_t row_step = window.rows.tap_step * pitch_ * pixel_step_;
+    const int64_t column_step = window.columns.tap_step * pixel_step_;
+    const int64_t rows = taps_[0].count, columns = taps_[1].count, C = channels_.count;
+    offsets_.resize(C * rows * columns);
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j)
+          offsets_[element(c, i, j)] = c * c_step + i * row_step + j * column_step;
+    const PixelLoops loops = pixels_of(band, window, {0, band.row.count}, {0, band.column.count});
+    for (int64_t o = 0; o < out_.count; o += NR)
+      multiply_tiles(image_, offsets_.data(), static_cast<int64_t>(offsets_.size()),
+                     grad_ + o * band.pixels(), out_.count - o, loops, sums_ + o,
+                     plan_.sum_columns(), accumulate);
+  }
+
+  // Each tap for itself: a tile spans channels.
+  void multiply_clipped_taps(const BandRange& band, const BandWindow& window, bool accumulate) {
+    const int64_t C = channels_.count, taps = taps_[0].count * taps_[1].count;
+    offsets_.resize(C);
+    for (int64_t c = 0; c < C; ++c) offsets_[c] = c * plan_.channel_step();
+    clipped_.clear();
+    for (int64_t i = 0; i < taps_[0].count; ++i) {
+      const Span rows = plan_.axis[0].inside(band.row, taps_[0].begin + i);
+      for (int64_t j = 0; j < taps_[1].count; ++j) {
+        const Span columns = plan_.axis[1].inside(band.column, taps_[1].begin + j);
+        const int64_t u = rows.begin * window.rows.out_step + i * window.rows.tap_step;
+        const int64_t v = columns.begin * window.columns.out_step + j * window.columns.tap_step;
+        clipped_.push_back({(u - window.row_span.begin) * pitch_ + v - window.column_span.begin,
+                            (rows.begin * band.column.count + columns.begin) * NR,
+                            pixels_of(band, window, rows, columns)});
+      }
+    }
+    const int64_t ldc = plan_.sum_columns(), tiles = ceil_div(C, Panel<T>::MR);
+    const int64_t next_channel = element(1, 0, 0) * ldc;
+    for (int64_t o = 0; o < out_.count; o += NR) {
+      for (int64_t tile = 0, c = 0; tile < tiles; ++tile) {
+        const int64_t height = (C - c) / (tiles - tile);
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const TapPixels& pixels = clipped_[tap];
+          if (pixels.loops.empty() && accumulate) continue;
+          const int64_t row = element(c, tap / taps_[1].count, tap % taps_[1].count);
+          multiply_tiles(image_ + pixels.image, offsets_.data() + c, height,
+                         grad_ + o * band.pixels() + pixels.grad, out_.count - o, pixels.loops,
+                         sums_ + row * ldc + o, next_channel, accumulate);
+        }
+        c += height;
+      }
+    }
+  }
+
+  // Row of the sums that holds an element of the patch, counted from the block's first.
+  int64_t element(int64_t c, int64_t i, int64_t j) const {
+    return channels_inside_ ? (i * taps_[1].count + j) * channels_.count + c
+                            : (c * taps_[0].count + i) * taps_[1].count + j;
+  }
+
+  PixelLoops pixels_of(const BandRange& band, const BandWindow& window, Span rows,
+                       Span columns) const {
+    const int64_t width = band.column.count, height = band.row.count;
+    return PixelLoops(
+        {columns.end - columns.begin, window.columns.out_step * pixel_step_, NR},
+        {rows.end - rows.begin, window.rows.out_step * pitch_ * pixel_step_, width * NR},
+        {band.image.count, image_rows_ * pitch_ * pixel_step_, height * width * NR});
+  }
+};
 
 template <class S>
 void weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
   using T = Compute<S>;
-  const PatchSource<S> whole = forward_patches<S>(shape, x);
-  const int64_t G = shape.groups, O = shape.out_channels / G, E = whole.patch_size();
-  const int64_t pixels = shape.batch * whole.pixels_per_image();
-  const bool last = x.stride[1] == 1 && dy.stride[1] == 1 && x.stride[3] != 1 && O >= 8;
-  const SplitSum<T> split(pixels, G * O * E);
+  WeightGradPlan<T> plan(shape, x);
+  const int64_t G = plan.groups, O = plan.out_channels, E = plan.elements();
+  const auto split = SplitSum<T>::of_bands(plan.band_count(), G * O * E, plan.scratch_bytes());
   const int64_t parts = split.parts;
+  plan.divide_among(thread_count(), G * parts);
 
-  // Where element e of a patch, (c, i, j) when planar and (i, j, c) with channels last, lies in dw.
-  std::vector<int64_t> place(E);
-  const int64_t C = whole.channels, columns = shape.kernel[1], taps = shape.kernel[0] * columns;
-  for (int64_t e = 0; e < E; ++e) {
-    const int64_t c = last ? e % C : e / taps, tap = last ? e / C : e % taps;
-    place[e] = c * dw.stride[1] + tap / columns * dw.stride[2] + tap % columns * dw.stride[3];
-  }
+  const bool channels_inside = dw.stride[1] == 1;
+  const int64_t blocks = plan.block_count();
   S* const result = static_cast<S*>(dw.data);
-  const BlockGrid<T> grid(last ? O : E, last ? E : O, G * parts);
-  const int64_t tasks = grid.tasks();
-  parallel_for(tasks * G * parts, [&](int64_t task) {
-    const int64_t block = task % tasks, g = task / tasks % G, part = task / tasks / G;
-    PatchSource<S> source = whole;
-    source.data += g * whole.channels * whole.stride[1];
+  parallel_for(blocks * G * parts, [&](int64_t task) {
+    const int64_t block = task % blocks, g = task / blocks % G, part = task / blocks / G;
+    BlockSum<S> sum(plan, Scratch(plan.scratch_bytes()), block, channels_inside);
     const S* grad = static_cast<const S*>(dy.data) + g * O * dy.stride[1];
-    auto keep = [&](const T* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0, int64_t nb) {
-      const int64_t o0 = last ? m0 : n0, o_count = last ? mb : nb, o_step = last ? ldc : 1;
-      const int64_t e0 = last ? n0 : m0, e_count = last ? nb : mb, e_step = last ? 1 : ldc;
-      for (int64_t o = 0; o < o_count; ++o, c += o_step) {
-        const int64_t channel = g * O + o0 + o;
-        T* sum = parts > 1 ? split.partial(part) + channel * E + e0 : nullptr;
-        S* row = result + channel * dw.stride[0];
-        for (int64_t e = 0; e < e_count; ++e) {
-          if (parts > 1) {
-            sum[e] = c[e * e_step];
-          } else {
-            row[place[e0 + e]] = narrow<S>(c[e * e_step]);
-          }
-        }
-      }
-    };
-    const int64_t k_begin = split.begin(part), k_end = split.end(part);
-    const int64_t m0 = grid.m0(block), mb = grid.height(block);
-    const int64_t n0 = grid.n0(block), nb = grid.width(block);
-    if (last) {
-      gemm_block<T>(
-          m0, mb, n0, nb, k_begin, k_end,
-          [&](T* a, int64_t m, int64_t rows, int64_t k0, int64_t kb) {
-            pack_grad_rows(a, grad, dy.stride, source.grid, m, rows, k0, kb);
-          },
-          [&](T* b, int64_t k0, int64_t kb, int64_t n, int64_t columns) {
-            pack_patch_element_strips(b, source, k0, kb, n, columns);
-          },
-          keep);
+    const S* image = static_cast<const S*>(x.data) + g * plan.channels * x.stride[1];
+    const int64_t begin = split.begin(part), end = split.end(part);
+    if (begin == end) sum.clear();
+    for (int64_t band = begin; band < end; ++band)
+      sum.add_band(band, grad, dy.stride, image, x.stride, band != begin);
+    if (parts > 1) {
+      sum.template store_to<T>(
+          [&](int64_t o) { return split.partial(part) + (g * O + o) * E; }, dw.stride + 1);
     } else {
-      gemm_block<T>(
-          m0, mb, n0, nb, k_begin, k_end,
-          [&](T* a, int64_t m, int64_t rows, int64_t k0, int64_t kb) {
-            pack_patch_element_rows(a, source, m, rows, k0, kb);
-          },
-          [&](T* b, int64_t k0, int64_t kb, int64_t n, int64_t columns) {
-            pack_grad_strips(b, grad, dy.stride, source.grid, k0, kb, n, columns);
-          },
-          keep);
+      sum.template store_to<S>([&](int64_t o) { return result + (g * O + o) * dw.stride[0]; },
+                               dw.stride + 1);
     }
   });
   if (parts == 1) return;
   parallel_for(G * O, [&](int64_t row) {
-    for (int64_t e = 0; e < E; ++e)
-      result[row * dw.stride[0] + place[e]] = narrow<S>(split.sum(row * E + e));
+    split.sum_run(row * E, E, [&](int64_t at, const T* sums, int64_t count) {
+      narrow_run(result + row * dw.stride[0] + at, sums, count);
+    });
   });
 }
 

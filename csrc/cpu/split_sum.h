@@ -19,14 +19,22 @@ class SplitSum {
   const int64_t parts;
 
   SplitSum(int64_t K, int64_t elements)
-      : parts(count_parts(K, elements)),
-        K_(K),
-        length_(round_up(ceil_div(K, parts), Panel<T>::KC)),
-        elements_(elements),
-        partial_(parts > 1 ? new T[parts * elements] : nullptr) {}
+      : SplitSum(K, elements, Panel<T>::KC,
+                 count_parts(K, elements, Panel<T>::KC,
+                             Panel<T>::scratch_bytes(Panel<T>::MB, Panel<T>::NB))) {}
 
-  int64_t begin(int64_t part) const { return std::min(K_, part * length_); }
-  int64_t end(int64_t part) const { return std::min(K_, (part + 1) * length_); }
+  // K counts bands of terms that stay together, and a product needs so much scratch. The number of
+  // parts is a power of two, since so is most often the number of threads.
+  static SplitSum of_bands(int64_t K, int64_t elements, int64_t scratch_bytes) {
+    int64_t parts = count_parts(K, elements, 1, scratch_bytes);
+    while ((parts & (parts - 1)) != 0) parts &= parts - 1;
+    return SplitSum(K, elements, 1, parts);
+  }
+
+  int64_t begin(int64_t part) const {
+    return std::min(K_, ceil_div(K_, unit_) * part / parts * unit_);
+  }
+  int64_t end(int64_t part) const { return begin(part + 1); }
   T* partial(int64_t part) const { return partial_.get() + part * elements_; }
 
   // The finished element, its parts added in order.
@@ -35,17 +43,36 @@ class SplitSum {
     for (int64_t part = 0; part < parts; ++part) total += partial(part)[element];
     return total;
   }
+  // f(at, sums, count) for pieces of the finished elements [first, first + count).
+  template <class F>
+  void sum_run(int64_t first, int64_t count, const F& f) const {
+    constexpr int64_t most = 256;
+    T total[most];
+    for (int64_t at = 0; at < count; at += most) {
+      const int64_t length = std::min(most, count - at);
+      std::copy_n(partial(0) + first + at, length, total);
+      for (int64_t part = 1; part < parts; ++part)
+        add_run(total, partial(part) + first + at, length);
+      f(at, total, length);
+    }
+  }
 
  private:
-  static int64_t count_parts(int64_t K, int64_t elements) {
+  SplitSum(int64_t K, int64_t elements, int64_t unit, int64_t parts_)
+      : parts(parts_),
+        K_(K),
+        unit_(unit),
+        elements_(elements),
+        partial_(parts > 1 ? new T[parts * elements] : nullptr) {}
+
+  static int64_t count_parts(int64_t K, int64_t elements, int64_t unit, int64_t scratch_bytes) {
     const int64_t bytes = std::max<int64_t>(1, elements * static_cast<int64_t>(sizeof(T)));
-    const int64_t left = kScratchLimit - Panel<T>::scratch_bytes(Panel<T>::MB, Panel<T>::NB);
-    const int64_t room = std::min<int64_t>(1 << 20, left) / bytes;
-    const int64_t useful = ceil_div(K, 4 * Panel<T>::KC);
+    const int64_t room = std::min<int64_t>(1 << 20, kScratchLimit - scratch_bytes) / bytes;
+    const int64_t useful = ceil_div(K, 4 * unit);
     return std::max<int64_t>(1, std::min<int64_t>({16, room, useful}));
   }
 
-  int64_t K_, length_, elements_;
+  int64_t K_, unit_, elements_;
   std::unique_ptr<T[]> partial_;
 };
 

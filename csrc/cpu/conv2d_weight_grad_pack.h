@@ -1,0 +1,136 @@
+// Packing the two operands of one band of the weight gradient (see conv2d_weight_grad_plan.h).
+#pragma once
+
+#include "conv2d_weight_grad_plan.h"
+#include "transpose.h"
+
+namespace pyvit {
+
+// Where a band lies in the output.
+struct BandRange {
+  Range image, row, column;
+
+  int64_t pixels() const { return image.count * row.count * column.count; }
+};
+
+// dy of `channels` as strips: dst[strip · pixels · NR + pixel · NR + channel], zeros in the lanes
+// that have no channel.
+template <class S>
+void pack_grad_band(Compute<S>* dst, const S* dy, const int64_t stride[4], int64_t out_columns,
+                    const BandRange& band, Range channels) {
+  using T = Compute<S>;
+  constexpr int64_t NR = Panel<T>::NR;
+  const int64_t pixels = band.pixels();
+  // Rows that run on into each other are one.
+  const bool joined = band.column.count == out_columns && stride[2] == out_columns * stride[3];
+  const int64_t rows = joined ? 1 : band.row.count;
+  const int64_t run = joined ? band.row.count * band.column.count : band.column.count;
+  for (int64_t n = 0; n < band.image.count; ++n) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const S* from = dy + (band.image.begin + n) * stride[0] + channels.begin * stride[1] +
+                      (band.row.begin + r) * stride[2] + band.column.begin * stride[3];
+      const int64_t at = (n * rows + r) * run;
+      for (int64_t o = 0; o < channels.count; o += NR) {
+        const int64_t width = std::min(NR, channels.count - o);
+        T* to = dst + o * pixels + at * NR;
+        const S* strip = from + o * stride[1];
+        if (stride[1] != 1) {
+          transpose(to, NR, strip, stride[1], stride[3], width, run);
+        } else if (width == NR) {
+          for (int64_t p = 0; p < run; ++p) widen_run(to + p * NR, strip + p * stride[3], NR);
+        } else {
+          for (int64_t p = 0; p < run; ++p) widen_run(to + p * NR, strip + p * stride[3], width);
+        }
+        for (int64_t p = 0; width < NR && p < run; ++p)
+          std::fill(to + p * NR + width, to + (p + 1) * NR, T(0));
+      }
+    }
+  }
+}
+
+// The source rows and columns of a band, and which of the packed lines lie inside the image.
+struct BandWindow {
+  Lines rows, columns;
+  Span row_span, column_span;
+};
+
+inline Span lines_inside(const Lines& lines, int64_t extent) {
+  int64_t begin = 0, end = lines.count;
+  while (begin < end && lines.source(begin) < 0) ++begin;
+  while (begin < end && lines.source(end - 1) >= extent) --end;
+  return {begin, end};
+}
+
+// The band of x that `window` names, for channels counted from x: pixel (image, u, v) of channel c
+// goes to dst[c · channel_step + (image · image_rows + u) · pitch + v], or, pixel-major, to
+// dst[((image · image_rows + u) · pitch + v) · channels + c]. Lines outside the image are zeros if
+// `padded`; else the packed lines begin with the first one inside.
+template <class S>
+class ImageBandPacker {
+ public:
+  using T = Compute<S>;
+  const WeightGradPlan<T>& plan;
+  const BandWindow& window;
+  int64_t channels, image_rows, pitch;
+
+  void pack(T* dst, const S* x, const int64_t stride[4], Range images) const {
+    const Span rows = window.row_span, columns = window.column_span;
+    const Axis& across = plan.axis[1];
+    const int64_t first_row = plan.padded ? 0 : rows.begin;
+    const int64_t last_row = plan.padded ? window.rows.count : rows.end;
+    const int64_t width = plan.padded ? window.columns.count : columns.end - columns.begin;
+    const int64_t w0 = window.columns.source(plan.padded ? 0 : columns.begin);
+    // Whole rows, none of them outside, that run on into each other are one.
+    const bool joined = !plan.pixel_major && first_row == rows.begin && last_row == rows.end &&
+                        width == pitch && w0 == 0 && width == across.in &&
+                        window.columns.line_step == 1 && window.rows.line_step == 1 &&
+                        window.rows.group == 0 && stride[2] == width * stride[3];
+    for (int64_t n = 0; n < images.count; ++n) {
+      const S* image = x + (images.begin + n) * stride[0];
+      T* to = dst + n * image_rows * pitch * (plan.pixel_major ? channels : 1);
+      if (joined) {
+        if (last_row > first_row)
+          pack_row(to, image + window.rows.source(first_row) * stride[2], stride, 0,
+                   (last_row - first_row) * width, (last_row - first_row) * width, 1);
+        continue;
+      }
+      for (int64_t u = first_row; u < last_row; ++u) {
+        T* row = to + (u - first_row) * pitch * (plan.pixel_major ? channels : 1);
+        const bool outside = u < rows.begin || u >= rows.end;
+        pack_row(row, outside ? nullptr : image + window.rows.source(u) * stride[2], stride, w0,
+                 width, across.in, window.columns.line_step);
+      }
+    }
+  }
+
+ private:
+  // `width` pixels from column w0 on, `step` apart, of a row of `extent`; null: a row of zeros.
+  void pack_row(T* dst, const S* row, const int64_t stride[4], int64_t w0, int64_t width,
+                int64_t extent, int64_t step) const {
+    if (plan.pixel_major) {
+      if (row == nullptr) {
+        std::fill(dst, dst + width * channels, T(0));
+      } else {
+        copy_clipped(dst, row, w0 * channels, 1, 1, extent * channels, width * channels);
+      }
+      return;
+    }
+    const int64_t ldd = plan.channel_step();
+    const bool whole = row != nullptr && w0 >= 0 && w0 + (width - 1) * step < extent;
+    if (whole && stride[1] == 1 && channels > 1) {
+      transpose(dst, ldd, row + w0 * stride[3], step * stride[3], 1, width, channels);
+      return;
+    }
+    for (int64_t c = 0; c < channels; ++c, dst += ldd) {
+      if (row == nullptr) {
+        std::fill(dst, dst + width, T(0));
+      } else if (whole && step * stride[3] == 1) {
+        widen_run(dst, row + c * stride[1] + w0, width);
+      } else {
+        copy_clipped(dst, row + c * stride[1], w0, step, stride[3], extent, width);
+      }
+    }
+  }
+};
+
+}  // namespace pyvit
