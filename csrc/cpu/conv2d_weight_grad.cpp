@@ -50,9 +50,10 @@ class BlockSum {
   void add_band(int64_t index, const S* dy, const int64_t dy_stride[4], const S* x,
                 const int64_t x_stride[4], bool accumulate) {
     const Axis *axis = plan_.axis;
-    const BandRange band{piece(plan_.images, plan_.band.images, index / plan_.bands[2] / plan_.bands[1]),
-                         piece(axis[0].out, plan_.band.rows, index / plan_.bands[2] % plan_.bands[1]),
-                         piece(axis[1].out, plan_.band.columns, index % plan_.bands[2])};
+    const int64_t column = index % plan_.bands[2], row = index / plan_.bands[2] % plan_.bands[1];
+    const BandRange band{
+        piece(plan_.images, plan_.band.images, index / plan_.bands[2] / plan_.bands[1]),
+        piece(axis[0].out, plan_.band.rows, row), piece(axis[1].out, plan_.band.columns, column)};
     BandWindow window{axis[0].lines(band.row, taps_[0], true),
                       axis[1].lines(band.column, taps_[1], false), {}, {}};
     window.row_span = lines_inside(window.rows, axis[0].in);
@@ -72,7 +73,9 @@ class BlockSum {
   template <class D, class Row>
   void store_to(const Row& row, const int64_t stride[3]) const {
     const Range dims[3] = {channels_, taps_[0], taps_[1]};
-    const int order[3] = {channels_inside_ ? 1 : 0, channels_inside_ ? 2 : 1, channels_inside_ ? 0 : 2};
+    // Outermost first: rows and columns of taps, then channels; or channels first.
+    const int rotated = channels_inside_ ? 1 : 0;
+    const int order[3] = {rotated, rotated + 1, (rotated + 2) % 3};
     int64_t first = 0;
     for (int d = 0; d < 3; ++d) first += dims[d].begin * stride[d];
     // Inner dimensions that lie side by side in dw are one run.

@@ -110,8 +110,11 @@ class ImageBandPacker {
     if (plan.pixel_major) {
       if (row == nullptr) {
         std::fill(dst, dst + width * channels, T(0));
-      } else {
+      } else if (step == 1) {
         copy_clipped(dst, row, w0 * channels, 1, 1, extent * channels, width * channels);
+      } else {
+        for (int64_t v = 0; v < width; ++v, dst += channels)
+          copy_clipped(dst, row, (w0 + v * step) * channels, 1, 1, extent * channels, channels);
       }
       return;
     }

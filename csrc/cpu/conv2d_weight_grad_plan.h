@@ -24,9 +24,10 @@ inline Range piece(int64_t extent, int64_t length, int64_t index) {
   return {begin, std::min(length, extent - begin)};
 }
 
-// Cuts `extent` into equal pieces of at most `most`.
+// Cuts `extent` into equal pieces of at most `most`, and of at least one.
 inline int64_t equal_length(int64_t extent, int64_t most) {
-  return ceil_div(extent, std::max<int64_t>(1, ceil_div(extent, std::max<int64_t>(1, most))));
+  if (extent == 0) return 1;
+  return ceil_div(extent, ceil_div(extent, std::max<int64_t>(1, most)));
 }
 
 // The source rows (or columns) that a range of output rows reads through a range of taps, as they
@@ -109,7 +110,7 @@ struct WeightGradPlan {
               ceil_div(s.out_width, band.columns)},
         padded(channels < 8 || !reads_outside()),
         pixel_major(channels < 8 && s.groups == 1 && channels > 1 && x.stride[1] == 1 &&
-                    x.stride[3] == channels && std::gcd(s.stride[1], s.dilation[1]) == 1),
+                    x.stride[3] == channels),
         block{out_channels, channels, kernel[0], kernel[1]} {
     choose_blocks();
   }
