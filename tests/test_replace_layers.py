@@ -14,6 +14,7 @@ from torchvision_shim import importorskip
 
 from pyvit.nn import (
     Conv2d,
+    Linear,
     PatchConv2d,
     TopKAttention,
     TopKMultiheadAttention,
@@ -67,6 +68,7 @@ def test_cnn_logits_gradients_and_training_are_kept():
     assert [(e.name, e.outcome) for e in report.replaced] == [
         ("0", "pyvit.nn.Conv2d"),
         ("3", "pyvit.nn.Conv2d"),
+        ("5", "pyvit.nn.Linear"),
     ]
     assert type(ours[0]) is Conv2d
     for mode in (True, False):
@@ -108,7 +110,7 @@ def test_everything_about_a_layer_is_kept():
     assert calls == ["forward", "backward"]
     assert out.dtype is torch.float64
 
-    assert restore_layers(model) == ["0", "3"]
+    assert restore_layers(model) == ["0", "3", "5"]
     assert type(model[0]) is nn.Conv2d
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert not any("pyvit" in key for module in model.modules() for key in vars(module))
@@ -132,12 +134,15 @@ def test_timm_vit(keywords):
     keys = list(model.state_dict())
 
     report = replace_layers(model, attention=DENSE)
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     assert [e.name for e in report.replaced] == [
         "patch_embed.proj",
+        *linears,
         "blocks.0.attn",
         "blocks.1.attn",
         "blocks.2.attn",
     ]
+    assert all(type(model.get_submodule(name)) is Linear for name in linears)
     assert report.left == []
     assert type(model.patch_embed.proj) is PatchConv2d
     assert all(type(block.attn) is TopKAttention for block in model.blocks)
@@ -190,7 +195,7 @@ def test_timm_resnet_and_convolutions_of_another_kind():
     with torch.no_grad():
         before = model(x)
         report = replace_layers(model)
-        assert len(report.replaced) == 20
+        assert len(report.replaced) == 21
         assert_same_logits(model(x), before)
 
     model = nn.Sequential(timm.layers.StdConv2d(3, 4, 3))
@@ -208,6 +213,7 @@ def test_torchvision_vit():
     report = replace_layers(model, attention=DENSE)
     assert [type(model.get_submodule(e.name)) for e in report.replaced] == [
         PatchConv2d,
+        *[Linear] * 5,
         TopKMultiheadAttention,
         TopKMultiheadAttention,
     ]
@@ -263,12 +269,17 @@ def test_hugging_face_patch_embeddings():
 
 
 def test_flags_choose():
-    model = nn.ModuleDict({"patches": nn.Conv2d(3, 8, 4, 4), "body": nn.Conv2d(8, 8, 3)})
-    report = replace_layers(model, conv=False, patch_embed=False)
+    model = nn.ModuleDict(
+        {"patches": nn.Conv2d(3, 8, 4, 4), "body": nn.Conv2d(8, 8, 3), "head": nn.Linear(8, 2)}
+    )
+    report = replace_layers(model, conv=False, patch_embed=False, linear=False)
     assert report.replaced == []
-    assert [e.outcome for e in report.left] == ["patch_embed=False", "conv=False"]
+    reasons = [e.outcome for e in report.left]
+    assert reasons == ["patch_embed=False", "conv=False", "linear=False"]
     assert type(model["body"]) is nn.Conv2d
+    assert type(model["head"]) is nn.Linear
     replace_layers(model, conv=False)
+    assert type(model["head"]) is Linear
     assert (type(model["patches"]), type(model["body"])) == (PatchConv2d, nn.Conv2d)
     replace_layers(model)
     assert type(model["body"]) is Conv2d
@@ -300,6 +311,7 @@ def test_report_says_what_was_left_and_why():
             "patched": nn.Conv2d(2, 2, 3),
             "complex": nn.Conv2d(2, 2, 3, dtype=torch.complex64),
             "ours": Conv2d(2, 2, 3),
+            "orthogonal": nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)),
             "attention": TopKAttention(8, 2),
         }
     )
@@ -314,9 +326,10 @@ def test_report_says_what_was_left_and_why():
     assert "forward was replaced" in reasons["patched"]
     assert "complex64" in reasons["complex"]
     assert "already" in reasons["ours"]
+    assert "subclass of Linear" in reasons["orthogonal"]
     assert "already" in reasons["attention"]
     text = str(report)
-    assert text.startswith("replaced: 0\nleft: 8\n")
+    assert text.startswith("replaced: 0\nleft: 11\n")
     assert all(name in text and reason in text for name, reason in reasons.items())
 
 

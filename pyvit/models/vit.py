@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.models.pos_embed import resize_pos_embed, sincos1d, sincos2d
-from pyvit.nn import DropPath, PatchEmbed, TopKAttention
+from pyvit.nn import DropPath, Linear, PatchEmbed, TopKAttention
 from pyvit.nn._attend import check_topk
 from pyvit.ops import _checks
 
@@ -31,8 +31,8 @@ class Mlp(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden_dim, dim, device=device, dtype=dtype)
+        self.fc1 = Linear(dim, hidden_dim, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden_dim, dim, device=device, dtype=dtype)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class VisionTransformer(nn.Module):
         pooled = global_pool == "avg"
         self.norm = nn.Identity() if pooled else _LayerNorm(embed_dim, **made)
         self.fc_norm = _LayerNorm(embed_dim, **made) if pooled else nn.Identity()
-        self.head = nn.Linear(embed_dim, num_classes, **made) if num_classes else nn.Identity()
+        self.head = Linear(embed_dim, num_classes, **made) if num_classes else nn.Identity()
         self._initialise()
 
     def forward(self, image: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from pyvit.nn.conv2d import Conv2d
 from pyvit.nn.drop_path import DropPath
+from pyvit.nn.linear import Linear
 from pyvit.nn.multihead_attention import TopKMultiheadAttention
 from pyvit.nn.patch_conv2d import PatchConv2d
 from pyvit.nn.patch_embed import PatchEmbed
@@ -11,6 +12,7 @@ from pyvit.nn.topk_attention import TopKAttention
 __all__ = [
     "Conv2d",
     "DropPath",
+    "Linear",
     "PatchConv2d",
     "PatchEmbed",
     "Report",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyvit.nn._attend import attend, check_topk
 from pyvit.ops import _checks
+from pyvit.ops.linear import linear
 
 _NAME = "nn.TopKMultiheadAttention"
 
@@ -88,7 +88,7 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
             # torch's is_causal is a hint about attn_mask, which is there and is applied.
             is_causal=is_causal and attn_mask is None,
         )
-        out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        out = linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if query.dim() == 2:
             return out[0], None
         return (out if self.batch_first else out.transpose(0, 1)), None
@@ -112,11 +112,11 @@ class TopKMultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q, k, v as ``[B, H, N, D]``; slices of one projection where the inputs are one."""
         if query is key and key is value:
-            packed = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            packed = linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             weights = self.in_proj_weight.chunk(3)
-            packed = tuple(map(F.linear, (query, key, value), weights, biases))
+            packed = tuple(map(linear, (query, key, value), weights, biases))
         return tuple(self._heads(x) for x in packed)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 
 from pyvit.nn._attend import check_topk
 from pyvit.nn.conv2d import Conv2d
+from pyvit.nn.linear import Linear
 from pyvit.nn.multihead_attention import HIDDEN_FROM_FAST_PATH, TopKMultiheadAttention
 from pyvit.nn.patch_conv2d import PatchConv2d
 from pyvit.nn.topk_attention import TopKAttention
@@ -71,6 +72,7 @@ def replace_layers(
     conv: bool = True,
     patch_embed: bool = True,
     attention: dict[str, Any] | None = None,
+    linear: bool = True,
 ) -> Report:
     """Swap layers of ``model`` for pyvit's, in place; :func:`restore_layers` undoes it.
 
@@ -88,6 +90,10 @@ def replace_layers(
             with one for each in the order of ``model.named_modules()``, or None, the default:
             dense) and "backward" ("selected", the default, or "dense"). A second call changes
             the settings of layers that an earlier one swapped.
+        linear: every ``torch.nn.Linear`` -> :class:`Linear`. A model whose other layers treat
+            each image by itself then gives an image the same bits in any batch; and on
+            processors where torch's own library leaves AVX-512 unused, it is twice as fast in
+            float32. In bfloat16 torch's is faster where the processor has instructions for it.
 
     Returns:
         A :class:`Report`: what was replaced, what was left and why.
@@ -98,13 +104,15 @@ def replace_layers(
         _checks.fail(TypeError, _NAME, "model", "a torch.nn.Module", type(model).__name__)
     _checks.flag(_NAME, "conv", conv)
     _checks.flag(_NAME, "patch_embed", patch_embed)
+    _checks.flag(_NAME, "linear", linear)
     topk, backward = _attention_settings(attention)
 
     report = Report()
-    convs = list(_plan_convs(model, conv, patch_embed, report))
+    simple = list(_plan_convs(model, conv, patch_embed, report))
+    simple += _plan_linears(model, linear, report)
     attentions = list(_plan_attention(model, report)) if attention is not None else []
     topks = _one_for_each(topk, len(attentions))
-    for swap in convs:
+    for swap in simple:
         _apply(swap, {}, report)
     for swap, k in zip(attentions, topks, strict=True):
         _apply(swap, {"topk": k, "backward": backward}, report)
@@ -194,6 +202,19 @@ def _plan_convs(model: nn.Module, conv: bool, patch_embed: bool, report: Report)
                 reason = overlap
         if reason is None:
             yield _Swap(name, module, to)
+        else:
+            report.left.append(Entry(name, type(module).__name__, reason))
+
+
+def _plan_linears(model: nn.Module, linear: bool, report: Report) -> Iterator[_Swap]:
+    # Its out_proj is never called: the attention layer takes its parameters.
+    inside = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module in inside:
+            continue
+        reason = _why_not(module, nn.Linear) if linear else "linear=False"
+        if reason is None:
+            yield _Swap(name, module, Linear)
         else:
             report.left.append(Entry(name, type(module).__name__, reason))
 

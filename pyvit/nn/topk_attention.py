@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyvit.nn._attend import attend, check_topk
+from pyvit.nn.linear import Linear
 from pyvit.ops import _checks
 
 _NAME = "nn.TopKAttention"
@@ -71,7 +72,7 @@ class TopKAttention(nn.Module):
         self.scale = self.head_dim**-0.5
         self.topk = topk
         self.backward = backward
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **made)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **made)
         self.q_norm = norm_layer(self.head_dim, **made) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **made) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
@@ -79,7 +80,7 @@ class TopKAttention(nn.Module):
         # here, but a timm layer that replace_layers() turned into this class brings them along.
         self.norm: nn.Module | None = None
         self.gate: nn.Module | None = None
-        self.proj = nn.Linear(dim, dim, bias=proj_bias, **made)
+        self.proj = Linear(dim, dim, bias=proj_bias, **made)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
