@@ -163,7 +163,7 @@ void Plan<S>::plan_boxes() {
     return r;
   };
   const int64_t wanted = std::min(rows.size, 4 * rows.phase_step);
-  const int64_t narrowest = 4 * RowTile<T>::pixels * columns.phase_step;
+  const int64_t narrowest = 56 * columns.phase_step;
   columns.cut(1);
   for (int64_t parts = 2; rows_that_fit() < wanted && columns.extent > narrowest;
        parts += ceil_div(parts, 4))
@@ -194,7 +194,7 @@ void Plan<S>::plan_tasks() {
   const bool many_weights = weights > any().batch * rows.size * columns.size;
   if (many_weights) cut_channels();
   cut_axis(rows, rows.phase_step);
-  cut_axis(columns, 2 * RowTile<T>::pixels * columns.phase_step);
+  cut_axis(columns, 28 * columns.phase_step);
   if (!many_weights) cut_channels();
   if (slices == 1) return;  // a thread packs weights once and keeps them from task to task
   const int64_t bytes = box_pixels() * padded_width() * static_cast<int64_t>(sizeof(T));
@@ -276,7 +276,7 @@ class Worker {
     if (bias != nullptr) widen_run(bias_, bias + first_channel_, width_);
   }
 
-  int64_t vectors(int64_t from) const { return width_ - from > L ? 2 : 1; }
+  int64_t vectors(int64_t from) const { return std::min(strip, round_up(width_ - from, L)) / L; }
 
   void pack_panel() {
     T* to = panel_;
@@ -419,7 +419,7 @@ class Worker {
         const Chain& chain = chains_[group.first_chain + c];
         tile.runs = runs_.data() + chain.first_run;
         tile.run_count = chain.run_count;
-        run_row_kernel<T>(count, static_cast<int>(vectors(from)), tile);
+        run_row_kernel<T>(count, vectors(from), tile);
         tile.base = tile.c;
         tile.base_pitch = tile.c_pitch;
       }

@@ -21,11 +21,11 @@ template <class T>
 struct RowTile {
   static constexpr int lanes = kLanes<T>;
 #if defined(__AVX512F__)
-  static constexpr int pixels = 14;  // × 2 vectors: 28 accumulators, 2 of B, 1 broadcast
+  static constexpr int pixels = 14, vectors = 2;  // 28 sums, 2 of B, 1 broadcast: 31 registers
 #else
-  static constexpr int pixels = 6;
+  static constexpr int pixels = 4, vectors = 3;  // 12 + 3 + 1 of 16; narrow images fill 4 pixels
 #endif
-  static constexpr int strip = 2 * lanes;  // channels of a whole strip of B; the last may be half
+  static constexpr int strip = vectors * lanes;  // channels of a whole strip of B
 
   struct Arguments {
     const T* a;      // first window
@@ -92,10 +92,20 @@ template <class T, int Vectors>
 inline constexpr auto kRowKernels =
     row_kernel_table<T, Vectors>(std::make_integer_sequence<int, RowTile<T>::pixels>{});
 
-// `rows` windows × a strip of one or two vectors.
+template <class T, int... Vectors>
+constexpr auto row_kernels_by_vectors(std::integer_sequence<int, Vectors...>) {
+  return std::array<std::array<typename RowTile<T>::Kernel, RowTile<T>::pixels>,
+                    sizeof...(Vectors)>{kRowKernels<T, Vectors + 1>...};
+}
 template <class T>
-inline void run_row_kernel(int64_t rows, int vectors, const typename RowTile<T>::Arguments& g) {
-  (vectors == 2 ? kRowKernels<T, 2> : kRowKernels<T, 1>)[rows - 1](g);
+inline constexpr auto kRowKernelTable =
+    row_kernels_by_vectors<T>(std::make_integer_sequence<int, RowTile<T>::vectors>{});
+
+// `rows` windows × a strip of so many vectors.
+template <class T>
+inline void run_row_kernel(int64_t rows, int64_t vectors,
+                           const typename RowTile<T>::Arguments& g) {
+  kRowKernelTable<T>[vectors - 1][rows - 1](g);
 }
 
 }  // namespace pyvit

@@ -11,8 +11,8 @@
 
 namespace pyvit {
 
-// A block of destination and source channels; its strips lie one behind the other, the last one
-// vector wide where that is enough.
+// A block of destination and source channels; its strips lie one behind the other, the last with
+// no more vectors than it needs.
 template <class T>
 struct WeightBlock {
   static constexpr int64_t strip = RowTile<T>::strip;
@@ -22,7 +22,7 @@ struct WeightBlock {
   int64_t rows;                    // taps × channel_count
 
   int64_t lanes(int64_t d) const {
-    return width - d / strip * strip > kLanes<T> ? strip : kLanes<T>;
+    return std::min(strip, round_up(width - d / strip * strip, kLanes<T>));
   }
   // Row k where destination channel `first + d` lies.
   T* at(int64_t k, int64_t d) const {
