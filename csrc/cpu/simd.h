@@ -143,6 +143,9 @@ inline LaneMask lanes_between(int64_t begin, int64_t end) {
 inline Vec<float> load_masked(Vec<float> other, LaneMask mask, const float* p) {
   return (Vec<float>)_mm512_mask_loadu_ps((__m512)other, mask, p);
 }
+inline void store_masked(float* p, LaneMask mask, Vec<float> v) {
+  _mm512_mask_storeu_ps(p, mask, (__m512)v);
+}
 inline Vec<float> select(LaneMask mask, Vec<float> on, Vec<float> off) {
   return (Vec<float>)_mm512_mask_mov_ps((__m512)off, mask, (__m512)on);
 }
@@ -166,6 +169,9 @@ inline Vec<float> select(LaneMask mask, Vec<float> on, Vec<float> off) {
 }
 inline Vec<float> load_masked(Vec<float> other, LaneMask mask, const float* p) {
   return select(mask, (Vec<float>)_mm256_maskload_ps(p, mask), other);
+}
+inline void store_masked(float* p, LaneMask mask, Vec<float> v) {
+  _mm256_maskstore_ps(p, mask, (__m256)v);
 }
 inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
   const __m256 mixed = _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
