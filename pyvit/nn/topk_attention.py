@@ -92,7 +92,8 @@ class TopKAttention(nn.Module):
             wanted = f"of width {self.qkv.in_features}"
             _checks.fail(ValueError, _NAME, "x", wanted, _checks.shape_of(x))
         packed = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        # Unbound before the heads move: the gradients then meet in one stack, and in no copy.
+        q, k, v = (part.transpose(1, 2) for part in packed.unbind(2))
         out = attend(
             _NAME,
             self.q_norm(q),

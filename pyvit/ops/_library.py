@@ -61,6 +61,27 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def asked_for(ctx) -> tuple[bool, ...]:
+    """In a backward: for each argument, whether the present pass will use its gradient.
+
+    ``needs_input_grad`` is True for every parameter that requires grad, although
+    ``torch.autograd.grad(loss, image)`` drops what it gets for them (pytorch#56500): the attack
+    loops of other libraries would pay for weight gradients that no one reads.
+    """
+    if torch.compiler.is_compiling():
+        return ctx.needs_input_grad
+    # Tensors alone have a place among the next functions, a node those that need a gradient.
+    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
+    return tuple(needed and _will_run(next(nodes)) for needed in ctx.needs_input_grad)
+
+
+def _will_run(node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except (AttributeError, RuntimeError):  # it refuses to say for a leaf that was asked for
+        return True
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op, grad):

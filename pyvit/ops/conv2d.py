@@ -67,7 +67,7 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, geometry):
         ctx.geometry = geometry
-        wants_x, wants_weight, ctx.wants_bias, _ = ctx.needs_input_grad
+        wants_x, wants_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         ctx.x_size, ctx.weight_size = tuple(x.shape), tuple(weight.shape)
         ctx.x_last, ctx.weight_last = (
@@ -79,12 +79,13 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        asked_x, asked_weight, asked_bias, _ = _library.asked_for(ctx)
         grad_x = grad_weight = grad_bias = None
-        if weight is not None:
+        if asked_x:
             grad_x = _input_grad(grad, weight, ctx.x_size, ctx.x_last, ctx.geometry)
-        if x is not None:
+        if asked_weight:
             grad_weight = _weight_grad(grad, x, ctx.weight_size, ctx.weight_last, ctx.geometry)
-        if ctx.wants_bias:
+        if asked_bias:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_weight, grad_bias, None
 

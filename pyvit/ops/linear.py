@@ -35,7 +35,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        wants_x, wants_weight, ctx.wants_bias = ctx.needs_input_grad
+        wants_x, wants_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         ctx.weight_size = (*weight.shape, 1, 1)
         return _forward_op(x, weight, bias)
@@ -43,14 +43,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        asked_x, asked_weight, asked_bias = _library.asked_for(ctx)
         grad_x = grad_weight = grad_bias = None
-        if weight is not None:
+        if asked_x:
             grad_x = _linear(grad, weight.t(), None)
-        if x is not None:
+        if asked_weight:
             grad_weight = _weight_grad(
                 _image(_rows(grad)), _image(_rows(x)), ctx.weight_size, False, _POINTWISE
             ).view(ctx.weight_size[:2])
-        if ctx.wants_bias:
+        if asked_bias:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_weight, grad_bias
 

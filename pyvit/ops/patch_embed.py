@@ -113,7 +113,7 @@ class _PatchEmbed(torch.autograd.Function):
     def backward(ctx, grad):
         image, weight, mean, std = ctx.saved_tensors
         wants_image, wants_weight, wants_bias, wants_pos, wants_class, wants_mean, wants_std, _ = (
-            ctx.needs_input_grad
+            _library.asked_for(ctx)
         )
         patch_grad = grad[:, int(ctx.has_class) :]
         image_grad = weight_grad = bias_grad = pos_grad = class_grad = None
