@@ -1,0 +1,206 @@
+// How a convolution is cut into tasks for conv2d_band.cpp: the slices of its sums, which decide the
+// result's rounding and follow from channels and kernel alone, and the boxes of the destination,
+// which follow from the caches and the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cache.h"
+#include "gather.h"
+#include "parallel.h"
+#include "row_kernel.h"
+
+namespace pyvit {
+
+constexpr int64_t kPanelLength = 1152;  // longest operand that is packed whole
+constexpr int64_t kSliceLength = 640;   // a part of one that is not, about
+constexpr int64_t kMostBandBytes = 512 << 10;
+
+// Parts of the second-level cache. Together with kMostBandBytes they keep within kScratchLimit.
+struct BlockBytes {
+  int64_t panel, band, sums;  // packed weights, copied image, sums waiting for their next slice
+  BlockBytes() {
+    const int64_t cache = std::min<int64_t>(second_cache_bytes(), 1 << 20);
+    panel = cache * 3 / 8;
+    band = cache / 8;
+    sums = cache * 7 / 16;
+  }
+};
+
+// One axis of a box of destination pixels, and of the band under it.
+struct BandAxis {
+  int64_t extent;     // destination pixels of a box, a multiple of phase_step
+  int64_t size;       // of the destination
+  int64_t phase_step, step, first_offset, span;
+
+  int64_t band(int64_t pixels) const {
+    return (ceil_div(pixels, phase_step) - 1) * step + span + 1;
+  }
+  int64_t boxes() const { return ceil_div(size, extent); }
+  int64_t count(int64_t begin) const { return std::min(extent, size - begin); }
+  void cut(int64_t parts) { extent = round_up(ceil_div(size, parts), phase_step); }
+};
+
+template <class S>
+struct BandPlan {
+  using T = Compute<S>;
+  const Phases<S>& phases;
+  BandAxis rows, columns;
+  int64_t channels, slice, slices;  // source channels
+  int64_t taps = 0;                 // of all phases together
+  int64_t width, blocks;            // destination channels of a task
+  int64_t boxes_per_task, boxes;
+  bool direct;  // sums go straight to the destination
+  bool possible = false;
+
+  explicit BandPlan(const Phases<S>& phases_);
+
+  const Gather<S>& any() const { return phases.list[0]; }
+  int64_t pitch(int64_t count) const {
+    // Windows that lie a multiple of a page's half apart would share few cache lines.
+    return only_column() && count % 128 == 0 ? count + 16 : count;
+  }
+  bool only_column() const { return columns.span == 0; }
+  int64_t band_elements() const {
+    return rows.band(rows.extent) * columns.band(columns.extent) * pitch(slice);
+  }
+  int64_t box_pixels() const { return rows.extent * columns.extent; }
+  int64_t padded_width() const { return round_up(width, kLanes<T>); }
+  int64_t sum_elements() const {
+    return direct ? 0 : boxes_per_task * box_pixels() * padded_width();
+  }
+  int64_t tasks() const { return any().groups * blocks * ceil_div(boxes, boxes_per_task); }
+  int64_t scratch_bytes() const {
+    return Scratch::bytes_for<T>(taps * slice * padded_width()) +
+           Scratch::bytes_for<T>(band_elements()) + Scratch::bytes_for<T>(sum_elements()) +
+           Scratch::bytes_for<T>(padded_width());
+  }
+
+ private:
+  const BlockBytes bytes_;
+  void plan_axis(BandAxis& axis, int index);
+  void plan_slices(int64_t most_taps);
+  void plan_boxes();
+  void plan_tasks();
+  void count_boxes() { boxes = any().batch * rows.boxes() * columns.boxes(); }
+};
+
+template <class S>
+BandPlan<S>::BandPlan(const Phases<S>& phases_) : phases(phases_) {
+  const Gather<S>& g = any();
+  channels = g.source.channels;
+  int64_t most_taps = 1;
+  for (const Gather<S>& phase : phases.list) {
+    const int64_t of_phase = phase.source.taps[0].size() * phase.source.taps[1].size();
+    taps += of_phase;
+    most_taps = std::max(most_taps, of_phase);
+  }
+  if (taps == 0) return;
+  plan_axis(rows, 0);
+  plan_axis(columns, 1);
+  plan_slices(most_taps);
+  // Fewer lanes or pixels than this would leave most of the kernel's registers idle. The columns of
+  // a 1×1 layer may be pixels of the whole batch, and a batch must not change how an image is summed.
+  const bool few_pixels = taps > 1 && columns.size < 4 * columns.phase_step;
+  if (g.destination.channels < 3 * kLanes<T> / 4 || few_pixels) return;
+  direct = std::is_same_v<S, T> && g.destination.stride[1] == 1 &&
+           g.destination.channels % kLanes<T> == 0;
+  const int64_t strip = RowTile<T>::strip, D = g.destination.channels;
+  const int64_t row_bytes = taps * slice * static_cast<int64_t>(sizeof(T));
+  width = std::max(strip, bytes_.panel / row_bytes / strip * strip);
+  blocks = ceil_div(D, width);
+  width = std::min(D, round_up(ceil_div(D, blocks), strip));
+  plan_boxes();
+  possible = scratch_bytes() <= kScratchLimit && rows.extent > 0;
+  if (possible) plan_tasks();
+}
+
+template <class S>
+void BandPlan<S>::plan_axis(BandAxis& axis, int index) {
+  int64_t least = INT64_MAX, most = INT64_MIN;
+  for (const Gather<S>& phase : phases.list) {
+    for (const Tap& tap : phase.source.taps[index]) {
+      least = std::min(least, tap.offset);
+      most = std::max(most, tap.offset);
+    }
+  }
+  axis = {0, phases.size[index], phases.stride[index], any().source.step[index], least,
+          most - least};
+}
+
+template <class S>
+void BandPlan<S>::plan_slices(int64_t most_taps) {
+  const int64_t length = channels * most_taps;
+  // Long panels are narrow, and a band is packed again for each of them: where it must be
+  // transposed, wide ones are better.
+  const bool planar = any().source.stride[1] != 1 && channels > RowTile<T>::strip;
+  slices = length <= (planar ? kSliceLength : kPanelLength) ? 1 : ceil_div(length, kSliceLength);
+  slice = ceil_div(channels, std::min(slices, channels));
+  // A band of a dilated or large kernel must hold the rows between its taps too.
+  auto least_band = [&] {
+    return rows.band(1) * columns.band(RowTile<T>::pixels * columns.phase_step) * slice *
+           static_cast<int64_t>(sizeof(T));
+  };
+  while (slice > 16 && least_band() > kMostBandBytes / 2) slice = ceil_div(slice, 2);
+  if (slice < channels) slice = std::min(channels, slice > 16 ? round_up(slice, 16) : slice);
+  slices = ceil_div(channels, slice);
+}
+
+// Boxes as large as band and sums may be, cut into equal parts.
+template <class S>
+void BandPlan<S>::plan_boxes() {
+  const int64_t element = sizeof(T);
+  const bool keeps_sums = !direct || slices > 1;
+  auto fits = [&](int64_t r, int64_t c) {
+    const int64_t band = rows.band(r) * columns.band(c) * pitch(slice) * element;
+    const int64_t sums = r * c * padded_width() * element;
+    return band <= bytes_.band && (!keeps_sums || sums <= bytes_.sums);
+  };
+  auto rows_that_fit = [&] {
+    int64_t r = 0;
+    while (r < rows.size && fits(r + rows.phase_step, columns.extent)) r += rows.phase_step;
+    return r;
+  };
+  const int64_t wanted = std::min(rows.size, 4 * rows.phase_step);
+  const int64_t narrowest = 56 * columns.phase_step;
+  columns.cut(1);
+  for (int64_t parts = 2; rows_that_fit() < wanted && columns.extent > narrowest;
+       parts += ceil_div(parts, 4))
+    columns.cut(parts);
+  rows.cut(ceil_div(rows.size, std::max(rows.phase_step, rows_that_fit())));
+  boxes_per_task = 1;
+  count_boxes();
+}
+
+// Tasks large enough to repay the packing of their weights, and enough of them for the threads.
+template <class S>
+void BandPlan<S>::plan_tasks() {
+  const int64_t wanted = 2 * thread_count();
+  auto cut_channels = [&] {
+    while (tasks() < wanted && width > RowTile<T>::strip) {
+      width = round_up(ceil_div(width, 2), RowTile<T>::strip);
+      blocks = ceil_div(any().destination.channels, width);
+    }
+  };
+  auto cut_axis = [&](BandAxis& axis, int64_t least) {
+    while (tasks() < wanted && axis.extent >= 2 * least) {
+      axis.cut(2 * axis.boxes());
+      count_boxes();
+    }
+  };
+  // Threads with different pixels pack the same weights, with different channels the same pixels.
+  const int64_t weights = taps * any().destination.channels;
+  const bool many_weights = weights > any().batch * rows.size * columns.size;
+  if (many_weights) cut_channels();
+  cut_axis(rows, rows.phase_step);
+  cut_axis(columns, 28 * columns.phase_step);
+  if (!many_weights) cut_channels();
+  if (slices == 1) return;  // a thread packs weights once and keeps them from task to task
+  const int64_t bytes = box_pixels() * padded_width() * static_cast<int64_t>(sizeof(T));
+  const int64_t parts = ceil_div(boxes, std::max<int64_t>(1, bytes_.sums / bytes));
+  boxes_per_task = ceil_div(boxes, parts);
+  while (boxes_per_task > 1 && tasks() < wanted) boxes_per_task = ceil_div(boxes_per_task, 2);
+}
+
+}  // namespace pyvit
