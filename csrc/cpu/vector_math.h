@@ -193,18 +193,25 @@ inline void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// Lane i of the result is the sum of the lanes of rows[i], added as reduce_add adds them.
+// Lane i of the result is combine() of the lanes of rows[i]: halves with each other, as
+// reduce_lanes does it. By recursion, so that it is unrolled whatever the compiler thinks.
+template <class T, int Count = kLanes<T>, class Combine>
+inline Vec<T> reduce_each(Vec<T>* rows, const Combine& combine) {
+  if constexpr (Count == 1) {
+    return rows[0];
+  } else {
+    Vec<T> half[Count / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Count / 2; ++i)
+      half[i] = combine(interleave<false, T>(rows[i], rows[i + Count / 2]),
+                        interleave<true, T>(rows[i], rows[i + Count / 2]));
+    return reduce_each<T, Count / 2>(half, combine);
+  }
+}
+
 template <class T>
 inline Vec<T> sum_of_each(Vec<T> (&rows)[kLanes<T>]) {
-  constexpr int L = kLanes<T>;
-#pragma GCC unroll 8
-  for (int count = L; count > 1; count /= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < count / 2; ++i)
-      rows[i] = interleave<false, T>(rows[i], rows[i + count / 2]) +
-                interleave<true, T>(rows[i], rows[i + count / 2]);
-  }
-  return rows[0];
+  return reduce_each<T>(rows, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 
 // ---- comparisons as bits ------------------------------------------------------------------
