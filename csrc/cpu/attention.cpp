@@ -98,7 +98,7 @@ void forward(const AttentionShape& shape, const HeadRows& q, const HeadRows& k, 
   using P = Panel<T>;
   const int64_t N = shape.keys, mask_bytes = ceil_div(N, 8);
   const T scale = static_cast<T>(shape.scale), span = hoyer_span<T>(N);
-  const CutFinder<T> find_cut(N, topk);
+  const CutFinder<T> find_cuts(N, topk);
   const int64_t tile = tile_rows<T>(round_up(N, P::NR), 1);
   for_query_rows(shape, tile, [&](int64_t head, int64_t begin, int64_t end) {
     const auto queries = head_rows<S>(q, head, shape.heads);
@@ -120,23 +120,28 @@ void forward(const AttentionShape& shape, const HeadRows& q, const HeadRows& k, 
     for (int64_t i0 = begin; i0 < end; i0 += tile) {
       const int64_t m = std::min(tile, end - i0);
       score(queries, i0, m, a_panel, scores);
-      for (int64_t i = 0; i < m; ++i) {
+      for (int64_t i = 0; i < m && penalty == nullptr; ++i) {
         T* s = scores + i * score.ld();
-        if (penalty == nullptr) {
-          total[i] = exponentials(s, N, scale_row(s, N, scale));
-          continue;
+        total[i] = exponentials(s, N, scale_row(s, N, scale));
+      }
+      for (int64_t b = 0; b < m && penalty != nullptr; b += find_cuts.batch()) {
+        const int rows = static_cast<int>(std::min<int64_t>(find_cuts.batch(), m - b));
+        T* batch = scores + b * score.ld();
+        const RowStatistics<T> statistics = prepare_rows(batch, score.ld(), rows, N, scale);
+        Cut<T> cuts[kLanes<T>];
+        find_cuts(batch, score.ld(), rows, statistics, cuts);
+        for (int i = 0; i < rows; ++i) {
+          const RowSums<T> r = exponentials(batch + i * score.ld(), N,
+                                            T(statistics.highest[i]), cuts[i], bits);
+          const int64_t at = head * shape.queries + i0 + b + i;
+          total[b + i] = r.sum;
+          static_cast<T*>(penalty->tail_energy)[at] = r.tail / (r.sum * r.sum);
+          const T inverse_norm = r.sum / std::sqrt(r.squares);
+          static_cast<T*>(penalty->hoyer)[at] =
+              N == 1 ? inverse_norm : (span + (T(1) - inverse_norm)) / span;
+          if (penalty->selection != nullptr)
+            std::memcpy(penalty->selection + at * mask_bytes, bits, mask_bytes);
         }
-        const RowStatistics<T> row = prepare_row(s, N, scale);
-        const Cut<T> cut = find_cut(s, row);
-        const RowSums<T> r = exponentials(s, N, row.highest, cut, bits);
-        const int64_t at = head * shape.queries + i0 + i;
-        total[i] = r.sum;
-        static_cast<T*>(penalty->tail_energy)[at] = r.tail / (r.sum * r.sum);
-        const T inverse_norm = r.sum / std::sqrt(r.squares);
-        static_cast<T*>(penalty->hoyer)[at] =
-            N == 1 ? inverse_norm : (span + (T(1) - inverse_norm)) / span;
-        if (penalty->selection != nullptr)
-          std::memcpy(penalty->selection + at * mask_bytes, bits, mask_bytes);
       }
       sums({scores, score.ld()}, m, values, N, a_panel,
            [&](int64_t i, int64_t column, T* run, int64_t count) {

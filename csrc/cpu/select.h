@@ -8,14 +8,10 @@
 #include <cstdint>
 #include <limits>
 
+#include "parallel.h"
 #include "vector_math.h"
 
 namespace pyvit {
-
-template <class T>
-struct RowStatistics {
-  T lowest, highest, mean, deviation;  // deviation is not finite where the scores are not
-};
 
 // Selected: score > value, or score == value and index < tie_end.
 template <class T>
@@ -24,82 +20,111 @@ struct Cut {
   int64_t tie_end;
 };
 
-// Scores s[0:n] *= scale, -inf up to the next whole vector. Adding +0 turns -0 into +0, so that
-// the order of scores is the order of their bits. NaN becomes +inf: it is selected first, and
-// the softmax makes a NaN of it.
+// ---- a few rows at a time -------------------------------------------------------------------
+
+// What the search knows of a row at its start, a row a lane.
 template <class T>
-RowStatistics<T> prepare_row(T* s, int64_t n, T scale) {
+struct RowStatistics {
+  Vec<T> lowest, highest, mean, deviation;  // the last is not finite where the scores are not
+};
+
+template <class T>
+inline uint32_t first_rows(int count) {
+  return static_cast<uint32_t>((uint64_t(1) << count) - 1);
+}
+
+// In each of m <= kLanes<T> rows, scores s[0:n] *= scale, -inf up to the next whole vector. Adding
+// +0 turns -0 into +0, so that the order of scores is the order of their bits. NaN becomes +inf:
+// it is selected first, and the softmax makes a NaN of it.
+template <class T>
+RowStatistics<T> prepare_rows(T* scores, int64_t ld, int m, int64_t n, T scale) {
   constexpr int L = kLanes<T>;
   constexpr T inf = std::numeric_limits<T>::infinity();
   const Vec<T> factor = broadcast(scale);
-  Vec<T> sum{}, squares{}, highest = broadcast(-inf), lowest = broadcast(inf);
-  auto add = [&](Vec<T> x) {
-    sum += x;
-    squares = fma(x, x, squares);
-    highest = lane_max(highest, x);
-    lowest = lane_min(lowest, x);
-  };
-  int64_t j = 0;
-  for (; j + L <= n; j += L) {
-    const Vec<T> x = fma(load(s + j), factor, Vec<T>{});
-    store(s + j, x);
-    add(x);
+  const Mask<T> inside = lane_numbers<T>() < static_cast<Int<T>>(n % L);
+  Vec<T> sums[L] = {}, squares[L] = {}, highest[L] = {}, lowest[L] = {};
+  for (int i = 0; i < m; ++i) {
+    T* s = scores + i * ld;
+    Vec<T> sum{}, square{}, high = broadcast(-inf), low = broadcast(inf);
+    int64_t j = 0;
+    for (; j + L <= n; j += L) {
+      const Vec<T> x = fma(load(s + j), factor, Vec<T>{});
+      store(s + j, x);
+      sum += x;
+      square = fma(x, x, square);
+      high = lane_max(high, x);
+      low = lane_min(low, x);
+    }
+    if (j < n) {
+      const Vec<T> x = fma(load(s + j), factor, Vec<T>{}), within = inside ? x : Vec<T>{};
+      store(s + j, inside ? x : broadcast(-inf));
+      sum += within;
+      square = fma(within, within, square);
+      high = lane_max(high, inside ? x : broadcast(-inf));
+      low = lane_min(low, inside ? x : broadcast(inf));
+    }
+    sums[i] = sum, squares[i] = square, highest[i] = high, lowest[i] = low;
   }
-  if (j < n) {
-    const Vec<T> x = fma(load(s + j), factor, Vec<T>{});
-    const Mask<T> inside = lane_numbers<T>() < static_cast<Int<T>>(n - j);
-    store(s + j, inside ? x : broadcast(-inf));
-    sum += inside ? x : Vec<T>{};
-    squares = inside ? fma(x, x, squares) : squares;
-    highest = inside ? lane_max(highest, x) : highest;
-    lowest = inside ? lane_min(lowest, x) : lowest;
+  const Vec<T> share = broadcast(T(1) / static_cast<T>(n));
+  const Vec<T> mean = sum_of_each<T>(sums) * share;
+  const Vec<T> variance = sum_of_each<T>(squares) * share - mean * mean;
+  RowStatistics<T> rows{reduce_each<T>(lowest, lane_min<Vec<T>>),
+                        reduce_each<T>(highest, lane_max<Vec<T>>), mean, Vec<T>{}};
+  for (int i = 0; i < L; ++i) rows.deviation[i] = std::sqrt(std::max(variance[i], T(0)));
+  const uint32_t strange = ~mask_bits(variance - variance == Vec<T>{}) & first_rows<T>(m);
+  for (int i = 0; i < m && strange != 0; ++i) {
+    if (!(strange >> i & 1)) continue;
+    T* s = scores + i * ld;
+    rows.deviation[i] = inf;
+    for (int64_t j = 0; j < n; ++j)
+      if (std::isnan(s[j])) s[j] = rows.highest[i] = inf;
+    rows.lowest[i] = std::min<T>(rows.lowest[i], rows.highest[i]);
   }
-  const T mean = reduce_add<T>(sum) / static_cast<T>(n);
-  const T variance = reduce_add<T>(squares) / static_cast<T>(n) - mean * mean;
-  RowStatistics<T> row{reduce_min<T>(lowest), reduce_max<T>(highest), mean,
-                       std::sqrt(std::max(variance, T(0)))};
-  if (!std::isfinite(variance)) {
-    row.deviation = inf;
-    for (j = 0; j < n; ++j)
-      if (std::isnan(s[j])) s[j] = row.highest = inf;
-    row.lowest = std::min(row.lowest, row.highest);
-  }
-  return row;
+  return rows;
 }
 
+// Of a row padded with -inf to whole vectors.
 template <class T>
-int64_t count_at_least(const T* s, int64_t n, T threshold) {
+inline int64_t count_at_least(const T* s, int64_t n, Vec<T> threshold) {
   constexpr int L = kLanes<T>;
-  const Vec<T> t = broadcast(threshold);
-  Mask<T> negative_count{};
-  for (int64_t j = 0; j < n; j += L) negative_count += load(s + j) >= t;
-  Int<T> lane[L];
-  std::memcpy(lane, &negative_count, sizeof lane);
-  int64_t count = 0;
-  for (int i = 0; i < L; ++i) count -= lane[i];
-  return count;
+  Mask<T> even{}, odd{};
+  int64_t j = 0;
+  for (; j + L < n; j += 2 * L) {
+    even -= load(s + j) >= threshold;
+    odd -= load(s + j + L) >= threshold;
+  }
+  if (j < n) even -= load(s + j) >= threshold;
+  return reduce_add<Int<T>>(even + odd);
 }
 
-// Signed integers in the order of the numbers.
+// Signed integers in the order of the numbers, and back.
 template <class T>
-Int<T> order_key(T x) {
-  const auto bits = bit_cast<Int<T>>(x);
+inline Mask<T> order_keys(Vec<T> x) {
+  const auto bits = bit_cast<Mask<T>>(x);
   return bits ^ ((bits >> (8 * sizeof(T) - 1)) & std::numeric_limits<Int<T>>::max());
 }
 template <class T>
-T key_value(Int<T> key) {
-  return bit_cast<T>(
-      static_cast<Int<T>>(key ^ ((key >> (8 * sizeof(T) - 1)) & std::numeric_limits<Int<T>>::max())));
+inline Vec<T> key_values(Mask<T> keys) {
+  const Mask<T> flipped = (keys >> (8 * sizeof(T) - 1)) & std::numeric_limits<Int<T>>::max();
+  return bit_cast<Vec<T>>(keys ^ flipped);
 }
 
-// log2 of a count, to two digits: enough to aim the next guess.
-inline float rough_log2(float x) {
-  return static_cast<float>(bit_cast<int32_t>(x)) * (1.0f / (1 << 23)) - 127.0f;
+// log2 of counts, to two digits: enough to aim the next guess.
+template <class T>
+inline Vec<T> rough_log2(Vec<T> x) {
+  using C = ExpConstants<T>;
+  const auto bits = __builtin_convertvector(bit_cast<Mask<T>>(x), Vec<T>);
+  return bits * broadcast(T(1) / static_cast<T>(Int<T>(1) << C::mantissa)) -
+         broadcast(static_cast<T>(C::bias));
 }
 
 // Finds cuts in rows of n scores that keep k of them.
 template <class T>
 class CutFinder {
+  static constexpr int L = kLanes<T>;
+  using Keys = Mask<T>;
+  using Distance = Vec<std::make_unsigned_t<Int<T>>>;
+
  public:
   CutFinder(int64_t n, int64_t k) : n_(n), k_(k) {
     // Where the upper tail of a normal distribution holds k of n: the rational approximation
@@ -115,43 +140,81 @@ class CutFinder {
     octave_ = static_cast<T>(0.6931471805599453 * share / std::max(density, 1e-6));
   }
 
-  // The padding of prepare_row must be in place.
-  Cut<T> operator()(const T* s, const RowStatistics<T>& row) const {
-    if (k_ >= n_) return {-std::numeric_limits<T>::infinity(), n_};
-    using Key = Int<T>;
-    using Unsigned = std::make_unsigned_t<Key>;
-    // At least k scores reach `low`; fewer reach `high`.
-    Key low = order_key(row.lowest), high = order_key(row.highest) + 1;
-    int64_t reach_low = n_, reach_high = 0;
-    T guess = row.mean + quantile_ * row.deviation;
-    for (int round = 0; static_cast<Unsigned>(high) - static_cast<Unsigned>(low) > 1; ++round) {
-      Key key = order_key(guess);
+  // Rows that are searched together, so that one's counting hides the other's waiting: as many
+  // as stay in the first-level cache.
+  int batch() const {
+    const int64_t bytes = round_up(n_, L) * int64_t(sizeof(T));
+    return static_cast<int>(std::clamp<int64_t>((32 << 10) / bytes, 1, L));
+  }
+
+  // The cuts of the m rows that prepare_rows made.
+  void operator()(const T* scores, int64_t ld, int m, const RowStatistics<T>& rows,
+                  Cut<T>* cuts) const {
+    std::fill_n(cuts, m, Cut<T>{-std::numeric_limits<T>::infinity(), n_});
+    if (k_ >= n_) return;
+    Bracket at{order_keys<T>(rows.lowest), order_keys<T>(rows.highest) + 1,
+               broadcast(static_cast<T>(n_)), Vec<T>{}};
+    const Vec<T> wanted = broadcast(static_cast<T>(k_));
+    Vec<T> guess = rows.mean + broadcast(quantile_) * rows.deviation;
+    uint32_t active = first_rows<T>(m);
+    for (int round = 0;; ++round) {
+      const Distance distance = (Distance)at.high - (Distance)at.low;
+      for (uint32_t end = mask_bits((Keys)(distance <= 1)) & active; end != 0; end &= end - 1) {
+        const int i = __builtin_ctz(end);
+        cuts[i] = tied(scores + i * ld, key_values<T>(at.low)[i],
+                       k_ - static_cast<int64_t>(at.reach_high[i]));
+        active &= ~(1u << i);
+      }
+      if (active == 0) return;
       // Halving every third time bounds the search where guesses creep.
-      if (round % 3 == 2 || round > 8 || !(guess > key_value<T>(low) && key < high))
-        key = static_cast<Key>(low +
-                               (static_cast<Unsigned>(high) - static_cast<Unsigned>(low)) / 2);
-      const T threshold = key_value<T>(key);
-      const int64_t reach = count_at_least(s, n_, threshold);
-      if (reach == k_) return {threshold, n_};
-      (reach > k_ ? low : high) = key;
-      (reach > k_ ? reach_low : reach_high) = reach;
-      guess = next_guess(row, threshold, reach, key_value<T>(low), reach_low,
-                         key_value<T>(high), reach_high, round);
+      const Keys middle = at.low + (Keys)(distance >> 1);
+      Keys key = order_keys<T>(guess);
+      key = (guess > key_values<T>(at.low)) & (key < at.high) ? key : middle;
+      if (round % 3 == 2 || round > 8) key = middle;
+      const Vec<T> threshold = key_values<T>(key), reach = count(scores, ld, active, threshold);
+      for (uint32_t end = mask_bits(reach == wanted) & active; end != 0; end &= end - 1)
+        cuts[__builtin_ctz(end)] = {threshold[__builtin_ctz(end)], n_};
+      active &= ~mask_bits(reach == wanted);
+      const Mask<T> more = reach > wanted;
+      at.low = more ? key : at.low;
+      at.high = more ? at.high : key;
+      at.reach_low = more ? reach : at.reach_low;
+      at.reach_high = more ? at.reach_high : reach;
+      guess = round == 0 ? second_guess(rows, threshold, reach) : next_guess(at);
     }
-    return tied(s, key_value<T>(low), k_ - reach_high);
   }
 
  private:
-  T next_guess(const RowStatistics<T>& row, T threshold, int64_t reach, T low, int64_t reach_low,
-               T high, int64_t reach_high, int round) const {
-    const float wanted = rough_log2(static_cast<float>(k_));
-    if (round == 0) {
-      const float ratio = rough_log2(std::max(0.5f, static_cast<float>(reach))) - wanted;
-      return threshold + static_cast<T>(ratio) * octave_ * row.deviation;
+  // At least k scores reach `low`; fewer reach `high`.
+  struct Bracket {
+    Keys low, high;
+    Vec<T> reach_low, reach_high;
+  };
+
+  Vec<T> count(const T* scores, int64_t ld, uint32_t rows, Vec<T> threshold) const {
+    T limit[L], reach[L] = {};
+    store(limit, threshold);
+    for (; rows != 0; rows &= rows - 1) {
+      const int i = __builtin_ctz(rows);
+      reach[i] = static_cast<T>(count_at_least<T>(scores + i * ld, n_, broadcast(limit[i])));
     }
-    const float below = rough_log2(static_cast<float>(reach_low));
-    const float above = rough_log2(std::max(0.5f, static_cast<float>(reach_high)));
-    return low + (high - low) * static_cast<T>((below - wanted) / (below - above));
+    return load(reach);
+  }
+
+  static Vec<T> log2_of(Vec<T> count) {
+    return rough_log2<T>(lane_max(broadcast(T(0.5)), count));
+  }
+
+  Vec<T> second_guess(const RowStatistics<T>& rows, Vec<T> threshold, Vec<T> reach) const {
+    const Vec<T> octaves = log2_of(reach) - log2_of(broadcast(static_cast<T>(k_)));
+    return threshold + octaves * broadcast(octave_) * rows.deviation;
+  }
+
+  Vec<T> next_guess(const Bracket& at) const {
+    const Vec<T> low = key_values<T>(at.low), high = key_values<T>(at.high);
+    const Vec<T> below = log2_of(at.reach_low), above = log2_of(at.reach_high);
+    const Vec<T> wanted = log2_of(broadcast(static_cast<T>(k_)));
+    return low + (high - low) * ((below - wanted) / (below - above));
   }
 
   // The cut through scores equal to `value`, of which the first `count` are kept.
@@ -164,6 +227,8 @@ class CutFinder {
   int64_t n_, k_;
   T quantile_, octave_;
 };
+
+// ---- what was kept --------------------------------------------------------------------------
 
 // The comparison of one vector of scores, at index j on, with a cut.
 template <class T>
@@ -190,21 +255,25 @@ constexpr LaneOrders make_lane_orders() {
 inline constexpr LaneOrders kLaneOrders = make_lane_orders();
 #endif
 
-// Writes j plus the number of each set lane, in order; up to a vector after them is overwritten
-// too. Returns how many. Where lanes are `sparse`, half a vector nearly always holds them: whole
-// vectors written one over the other would wait for each other.
+// Appends the set lanes of x, at index j on, and their indices, in order; up to a vector after
+// them is overwritten too. Returns how many. Where lanes are `sparse`, half a vector nearly always
+// holds them: whole vectors written one over the other would wait for each other.
 template <class T>
-inline int append_lanes(int32_t* indices, int64_t j, uint32_t bits, [[maybe_unused]] bool sparse) {
+inline int append_lanes(int32_t* indices, T* values, int64_t j, Vec<T> x, uint32_t bits,
+                        [[maybe_unused]] bool sparse) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     const Mask<T> lanes = lane_numbers<T>() + static_cast<int32_t>(j);
-    const __m512i packed =
-        _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)lanes);
+    const auto set = static_cast<__mmask16>(bits);
+    const __m512i packed = _mm512_maskz_compress_epi32(set, (__m512i)lanes);
+    const __m512 packed_x = _mm512_maskz_compress_ps(set, (__m512)x);
     const int count = __builtin_popcount(bits);
     if (sparse && count <= 8) {
       _mm256_storeu_si256((__m256i*)indices, _mm512_castsi512_si256(packed));
+      _mm256_storeu_ps(values, _mm512_castps512_ps256(packed_x));
     } else {
       _mm512_storeu_si512(indices, packed);
+      _mm512_storeu_ps(values, packed_x);
     }
     return count;
   }
@@ -214,6 +283,7 @@ inline int append_lanes(int32_t* indices, int64_t j, uint32_t bits, [[maybe_unus
     const __m256i lanes = _mm256_cvtepu8_epi32(packed);
     _mm256_storeu_si256((__m256i*)indices,
                         _mm256_add_epi32(lanes, _mm256_set1_epi32(static_cast<int>(j))));
+    _mm256_storeu_ps(values, _mm256_permutevar8x32_ps((__m256)x, lanes));
     return __builtin_popcount(bits);
   }
 #endif
@@ -221,29 +291,32 @@ inline int append_lanes(int32_t* indices, int64_t j, uint32_t bits, [[maybe_unus
   int count = 0;
   for (int i = 0; i < kLanes<T>; ++i) {
     indices[count] = static_cast<int32_t>(j + i);
+    values[count] = x[i];
     count += bits >> i & 1;
   }
   return count;
 }
 
-// Writes the indices of the selected scores, ascending, and the scores; returns how many. Both
-// need room for one vector more.
+// Writes the indices of the selected scores, ascending, and the scores. Both need room for one
+// vector more than are selected, of which there are k.
 template <class T>
-int64_t collect_selected(const T* s, int64_t n, int64_t k, const Cut<T>& cut, int32_t* indices,
-                         T* scores) {
+void collect_selected(const T* s, int64_t n, int64_t k, const Cut<T>& cut, int32_t* indices,
+                      T* scores) {
   const bool sparse = 4 * k < n;
   int64_t count = 0;
   if (cut.tie_end == n) {
     const Vec<T> value = broadcast(cut.value);
-    for (int64_t j = 0; j < n; j += kLanes<T>)
-      count += append_lanes<T>(indices + count, j, mask_bits(load(s + j) >= value), sparse);
-  } else {
-    for (int64_t j = 0; j < n; j += kLanes<T>)
-      count +=
-          append_lanes<T>(indices + count, j, mask_bits(selected(load(s + j), j, cut)), sparse);
+    for (int64_t j = 0; j < n; j += kLanes<T>) {
+      const Vec<T> x = load(s + j);
+      count += append_lanes<T>(indices + count, scores + count, j, x, mask_bits(x >= value), sparse);
+    }
+    return;
   }
-  for (int64_t i = 0; i < count; ++i) scores[i] = s[indices[i]];
-  return count;
+  for (int64_t j = 0; j < n; j += kLanes<T>) {
+    const Vec<T> x = load(s + j);
+    count += append_lanes<T>(indices + count, scores + count, j, x, mask_bits(selected(x, j, cut)),
+                             sparse);
+  }
 }
 
 }  // namespace pyvit

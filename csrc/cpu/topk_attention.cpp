@@ -3,15 +3,6 @@
 // Forward: a tile of query rows' scores, made by the GEMM micro-kernel, stays in the cache; each
 // row is cut (select.h), the chosen scores are gathered, and the softmax and the product with
 // the values touch the chosen keys alone.
-//
-// Backward: with the chosen keys j of query i and their weights w, and Δ_i = Σ_j w_ij dP_ij,
-//
-//   dP_ij = dO_i · v_j    dS_ij = scale · w_ij (dP_ij − Δ_i)    dq_i = Σ_j dS_ij k_j
-//   dk_j = Σ_i dS_ij q_i  dv_j = Σ_i w_ij dO_i
-//
-// The first line is a task for each block of queries; the second for each head, or range of its
-// keys, which first lists for each key who chose it. So every sum is a gather, in the order of
-// the queries whatever the number of threads, and no two tasks write one place.
 #include "chosen_rows.h"
 #include "select.h"
 
@@ -37,49 +28,88 @@ void softmax(T* scores, int64_t count, T highest) {
 }
 
 template <class S>
-void forward(const AttentionShape& shape, int64_t topk, const HeadRows& q, const HeadRows& k,
-             const HeadRows& v, const HeadRows& out, int32_t* indices, Compute<S>* weights) {
+class Forward {
   using T = Compute<S>;
   using P = Panel<T>;
-  constexpr int64_t L = kLanes<T>;
-  const int64_t N = shape.keys;
-  const T scale = static_cast<T>(shape.scale);
-  const CutFinder<T> find_cut(N, topk);
-  const int64_t tile = tile_rows<T>(round_up(N, P::NR), 1);
-  for_query_rows(shape, tile, [&](int64_t head, int64_t begin, int64_t end) {
-    const auto queries = head_rows<S>(q, head, shape.heads);
-    const auto values = head_rows<S>(v, head, shape.heads);
-    const auto results = head_rows<S>(out, head, shape.heads);
-    RowProducts<S> score(N, shape.dim);
-    Scratch scratch(score.scratch_bytes() + Scratch::bytes_for<T>(P::MC * P::lda) +
-                    Scratch::bytes_for<T>(tile * score.ld()) +
-                    Scratch::bytes_for<T>(round_up(shape.value_dim, L)) +
-                    Scratch::bytes_for<T>(topk + L) + Scratch::bytes_for<int32_t>(topk + L));
-    score.take(scratch);
-    T* a_panel = scratch.take<T>(P::MC * P::lda);
-    T* scores = scratch.take<T>(tile * score.ld());
-    T* sum = scratch.take<T>(round_up(shape.value_dim, L));
-    T* chosen = scratch.take<T>(topk + L);
-    int32_t* chosen_indices = scratch.take<int32_t>(topk + L);
-    score.start(head_rows<S>(k, head, shape.heads), 0);
-    for (int64_t i0 = begin; i0 < end; i0 += tile) {
-      const int64_t m = std::min(tile, end - i0);
-      score(queries, i0, m, a_panel, scores);
-      for (int64_t i = 0; i < m; ++i) {
-        T* s = scores + i * score.ld();
-        const RowStatistics<T> row = prepare_row(s, N, scale);
-        collect_selected(s, N, topk, find_cut(s, row), chosen_indices, chosen);
-        softmax(chosen, topk, row.highest);
-        gather_sum(sum, chosen_indices, chosen, topk, values, shape.value_dim);
-        narrow_run(results[i0 + i], sum, shape.value_dim);
-        if (indices == nullptr) continue;
-        const int64_t at = (head * shape.queries + i0 + i) * topk;
-        std::copy(chosen_indices, chosen_indices + topk, indices + at);
-        std::copy(chosen, chosen + topk, weights + at);
+  static constexpr int64_t L = kLanes<T>;
+
+ public:
+  Forward(const AttentionShape& shape, int64_t topk, const HeadRows& q, const HeadRows& k,
+          const HeadRows& v, const HeadRows& out, int32_t* indices, T* weights)
+      : shape_(shape), topk_(topk), q_(q), k_(k), v_(v), out_(out), indices_(indices),
+        weights_(weights), find_cuts_(shape.keys, topk) {}
+
+  void run() const {
+    const int64_t N = shape_.keys, tile = tile_rows<T>(round_up(N, P::NR), 1);
+    for_query_rows(shape_, tile, [&](int64_t head, int64_t begin, int64_t end) {
+      const auto queries = head_rows<S>(q_, head, shape_.heads);
+      RowProducts<S> score(N, shape_.dim);
+      NearRows<S> near(N, shape_.value_dim, (end - begin) * topk_);
+      Scratch scratch(score.scratch_bytes() + near.scratch_bytes() +
+                      Scratch::bytes_for<T>(P::MC * P::lda) +
+                      Scratch::bytes_for<T>(tile * score.ld()) +
+                      Scratch::bytes_for<T>(round_up(shape_.value_dim, L)) +
+                      Scratch::bytes_for<T>(topk_ + L) + Scratch::bytes_for<int32_t>(topk_ + L));
+      score.take(scratch);
+      near.take(scratch);
+      T* a_panel = scratch.take<T>(P::MC * P::lda);
+      T* scores = scratch.take<T>(tile * score.ld());
+      const Row row{scratch.take<T>(round_up(shape_.value_dim, L)), scratch.take<T>(topk_ + L),
+                    scratch.take<int32_t>(topk_ + L)};
+      score.start(head_rows<S>(k_, head, shape_.heads), 0);
+      near(head_rows<S>(v_, head, shape_.heads), [&](auto values, int64_t value_dim) {
+        for (int64_t i0 = begin; i0 < end; i0 += tile) {
+          const int64_t m = std::min(tile, end - i0);
+          score(queries, i0, m, a_panel, scores);
+          finish_rows(row, scores, score.ld(), head, i0, m, values, value_dim);
+        }
+      });
+    });
+  }
+
+ private:
+  // One query's sum of values, and its choice: scores that become weights, and indices.
+  struct Row {
+    T *sum, *chosen;
+    int32_t* indices;
+  };
+
+  template <class Values>
+  void finish_rows(const Row& row, T* scores, int64_t ld, int64_t head, int64_t i0, int64_t m,
+                   Rows<Values> values, int64_t value_dim) const {
+    const auto results = head_rows<S>(out_, head, shape_.heads);
+    const int batch = find_cuts_.batch();
+    for (int64_t b = 0; b < m; b += batch) {
+      const int rows = static_cast<int>(std::min<int64_t>(batch, m - b));
+      T* s = scores + b * ld;
+      const auto statistics =
+          prepare_rows<T>(s, ld, rows, shape_.keys, static_cast<T>(shape_.scale));
+      Cut<T> cuts[L];
+      find_cuts_(s, ld, rows, statistics, cuts);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t i = i0 + b + r;
+        prefetch_ahead<true>(results, i, shape_.queries, shape_.value_dim);
+        collect_selected(s + r * ld, shape_.keys, topk_, cuts[r], row.indices, row.chosen);
+        softmax(row.chosen, topk_, statistics.highest[r]);
+        gather_sum(row.sum, row.indices, row.chosen, topk_, values, value_dim);
+        narrow_run(results[i], row.sum, shape_.value_dim);
+        if (indices_ != nullptr) save(row, (head * shape_.queries + i) * topk_);
       }
     }
-  });
-}
+  }
+
+  void save(const Row& row, int64_t at) const {
+    std::copy_n(row.indices, topk_, indices_ + at);
+    widen_run(weights_ + at, row.chosen, topk_);
+  }
+
+  const AttentionShape& shape_;
+  const int64_t topk_;
+  HeadRows q_, k_, v_, out_;
+  int32_t* indices_;
+  T* weights_;
+  CutFinder<T> find_cuts_;
+};
 
 }  // namespace
 
@@ -87,7 +117,7 @@ void topk_attention(DType dtype, const AttentionShape& shape, int64_t topk, Head
                     HeadRows k, HeadRows v, HeadRows out, int32_t* indices, void* weights) {
   dispatch(dtype, [&](auto s) {
     using S = decltype(s);
-    forward<S>(shape, topk, q, k, v, out, indices, static_cast<Compute<S>*>(weights));
+    Forward<S>(shape, topk, q, k, v, out, indices, static_cast<Compute<S>*>(weights)).run();
   });
 }
 
