@@ -6,17 +6,6 @@
 
 namespace pyvit {
 
-// ---- rows read one after the other ----------------------------------------------------------
-
-// Asks for row i + 8 of n, to be read or written: rows of a packed projection lie a page or more
-// apart, where no hardware looks ahead.
-template <bool Write = false, class S>
-inline void prefetch_ahead(Rows<S> rows, int64_t i, int64_t n, int64_t dim) {
-  if (i + 8 >= n) return;
-  const char* row = reinterpret_cast<const char*>(rows[i + 8]);
-  for (int64_t b = 0; b < dim * int64_t(sizeof(S)); b += 64) __builtin_prefetch(row + b, Write);
-}
-
 // ---- a copy to read from --------------------------------------------------------------------
 
 // Rows that lie together and end in zeros up to whole vectors are read several times faster than

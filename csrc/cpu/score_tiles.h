@@ -27,13 +27,24 @@ Rows<S> head_rows(const HeadRows& t, int64_t head, int64_t heads) {
   return {static_cast<S*>(t.data) + offset, t.stride[2]};
 }
 
+// Asks for row i + 8 of n, to be read or written: rows of a packed projection lie a page or more
+// apart, where no hardware looks ahead.
+template <bool Write = false, class S>
+inline void prefetch_ahead(Rows<S> rows, int64_t i, int64_t n, int64_t dim) {
+  if (i + 8 >= n) return;
+  const char* row = reinterpret_cast<const char*>(rows[i + 8]);
+  for (int64_t b = 0; b < dim * int64_t(sizeof(S)); b += 64) __builtin_prefetch(row + b, Write);
+}
+
 // ---- packing (layouts of gemm.h) ----------------------------------------------------------
 
 // A: dst[i * lda + c] = rows[i][c0 + c].
 template <class S>
 void pack_rows(Compute<S>* dst, Rows<S> rows, int64_t i0, int64_t m, int64_t c0, int64_t columns) {
-  for (int64_t i = 0; i < m; ++i)
+  for (int64_t i = 0; i < m; ++i) {
+    prefetch_ahead(rows, i0 + i, i0 + m, c0 + columns);
     widen_run(dst + i * Panel<Compute<S>>::lda, rows[i0 + i] + c0, columns);
+  }
 }
 
 // B: strips of rows[k0 + k][c0 + j], k < kb, j < columns.

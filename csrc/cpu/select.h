@@ -68,8 +68,8 @@ RowStatistics<T> prepare_rows(T* scores, int64_t ld, int m, int64_t n, T scale) 
   const Vec<T> share = broadcast(T(1) / static_cast<T>(n));
   const Vec<T> mean = sum_of_each<T>(sums) * share;
   const Vec<T> variance = sum_of_each<T>(squares) * share - mean * mean;
-  RowStatistics<T> rows{reduce_each<T>(lowest, lane_min<Vec<T>>),
-                        reduce_each<T>(highest, lane_max<Vec<T>>), mean, Vec<T>{}};
+  RowStatistics<T> rows{reduce_each<T>(lowest, [](Vec<T> a, Vec<T> b) { return lane_min(a, b); }),
+                        reduce_each<T>(highest, [](Vec<T> a, Vec<T> b) { return lane_max(a, b); }), mean, Vec<T>{}};
   for (int i = 0; i < L; ++i) rows.deviation[i] = std::sqrt(std::max(variance[i], T(0)));
   const uint32_t strange = ~mask_bits(variance - variance == Vec<T>{}) & first_rows<T>(m);
   for (int i = 0; i < m && strange != 0; ++i) {
@@ -83,18 +83,29 @@ RowStatistics<T> prepare_rows(T* scores, int64_t ld, int m, int64_t n, T scale) 
   return rows;
 }
 
+// counts − (x >= threshold), which is -1 or 0.
+template <class T>
+inline Mask<T> count_lanes(Mask<T> counts, Vec<T> x, Vec<T> threshold) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Mask<T>)_mm512_mask_sub_epi32((__m512i)counts, at_least_bits<T>(x, threshold),
+                                          (__m512i)counts, _mm512_set1_epi32(-1));
+#endif
+  return counts - (x >= threshold);
+}
+
 // Of a row padded with -inf to whole vectors.
 template <class T>
 inline int64_t count_at_least(const T* s, int64_t n, Vec<T> threshold) {
-  constexpr int L = kLanes<T>;
-  Mask<T> even{}, odd{};
+  constexpr int64_t L = kLanes<T>;
+  Mask<T> counts[4] = {};
   int64_t j = 0;
-  for (; j + L < n; j += 2 * L) {
-    even -= load(s + j) >= threshold;
-    odd -= load(s + j + L) >= threshold;
-  }
-  if (j < n) even -= load(s + j) >= threshold;
-  return reduce_add<Int<T>>(even + odd);
+  for (; j + 3 * L < n; j += 4 * L)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c)
+      counts[c] = count_lanes<T>(counts[c], load(s + j + c * L), threshold);
+  for (; j < n; j += L) counts[0] = count_lanes<T>(counts[0], load(s + j), threshold);
+  return reduce_add<Int<T>>((counts[0] + counts[1]) + (counts[2] + counts[3]));
 }
 
 // Signed integers in the order of the numbers, and back.
@@ -256,11 +267,10 @@ inline constexpr LaneOrders kLaneOrders = make_lane_orders();
 #endif
 
 // Appends the set lanes of x, at index j on, and their indices, in order; up to a vector after
-// them is overwritten too. Returns how many. Where lanes are `sparse`, half a vector nearly always
-// holds them: whole vectors written one over the other would wait for each other.
-template <class T>
-inline int append_lanes(int32_t* indices, T* values, int64_t j, Vec<T> x, uint32_t bits,
-                        [[maybe_unused]] bool sparse) {
+// them is overwritten too. Returns how many. Where lanes are Sparse, half a vector nearly always
+// holds them; whole vectors written one over the other would wait for each other.
+template <bool Sparse, class T>
+inline int append_lanes(int32_t* indices, T* values, int64_t j, Vec<T> x, uint32_t bits) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     const Mask<T> lanes = lane_numbers<T>() + static_cast<int32_t>(j);
@@ -268,12 +278,11 @@ inline int append_lanes(int32_t* indices, T* values, int64_t j, Vec<T> x, uint32
     const __m512i packed = _mm512_maskz_compress_epi32(set, (__m512i)lanes);
     const __m512 packed_x = _mm512_maskz_compress_ps(set, (__m512)x);
     const int count = __builtin_popcount(bits);
-    if (sparse && count <= 8) {
-      _mm256_storeu_si256((__m256i*)indices, _mm512_castsi512_si256(packed));
-      _mm256_storeu_ps(values, _mm512_castps512_ps256(packed_x));
-    } else {
-      _mm512_storeu_si512(indices, packed);
-      _mm512_storeu_ps(values, packed_x);
+    _mm256_storeu_si256((__m256i*)indices, _mm512_castsi512_si256(packed));
+    _mm256_storeu_ps(values, _mm512_castps512_ps256(packed_x));
+    if (!Sparse || count > 8) {
+      _mm256_storeu_si256((__m256i*)(indices + 8), _mm512_extracti64x4_epi64(packed, 1));
+      _mm256_storeu_ps(values + 8, _mm512_extractf32x8_ps(packed_x, 1));
     }
     return count;
   }
@@ -297,26 +306,25 @@ inline int append_lanes(int32_t* indices, T* values, int64_t j, Vec<T> x, uint32
   return count;
 }
 
+template <bool Sparse, class T>
+void collect_selected(const T* s, int64_t n, const Cut<T>& cut, int32_t* indices, T* scores) {
+  const Vec<T> value = broadcast(cut.value);
+  const bool untied = cut.tie_end == n;
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; j += kLanes<T>) {
+    const Vec<T> x = load(s + j);
+    const uint32_t bits = untied ? at_least_bits<T>(x, value) : mask_bits(selected(x, j, cut));
+    count += append_lanes<Sparse, T>(indices + count, scores + count, j, x, bits);
+  }
+}
+
 // Writes the indices of the selected scores, ascending, and the scores. Both need room for one
 // vector more than are selected, of which there are k.
 template <class T>
 void collect_selected(const T* s, int64_t n, int64_t k, const Cut<T>& cut, int32_t* indices,
                       T* scores) {
-  const bool sparse = 4 * k < n;
-  int64_t count = 0;
-  if (cut.tie_end == n) {
-    const Vec<T> value = broadcast(cut.value);
-    for (int64_t j = 0; j < n; j += kLanes<T>) {
-      const Vec<T> x = load(s + j);
-      count += append_lanes<T>(indices + count, scores + count, j, x, mask_bits(x >= value), sparse);
-    }
-    return;
-  }
-  for (int64_t j = 0; j < n; j += kLanes<T>) {
-    const Vec<T> x = load(s + j);
-    count += append_lanes<T>(indices + count, scores + count, j, x, mask_bits(selected(x, j, cut)),
-                             sparse);
-  }
+  if (4 * k < n) return collect_selected<true>(s, n, cut, indices, scores);
+  collect_selected<false>(s, n, cut, indices, scores);
 }
 
 }  // namespace pyvit

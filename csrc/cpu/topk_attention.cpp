@@ -9,11 +9,9 @@
 namespace pyvit {
 namespace {
 
-// ---- forward ------------------------------------------------------------------------------
-
-// scores[0:count] = softmax of them.
+// scores[0:count] = softmax of them; padded to whole vectors.
 template <class T>
-void softmax(T* scores, int64_t count, T highest) {
+inline void softmax(T* scores, int64_t count, T highest) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t n = count; n < round_up(count, L); ++n)
     scores[n] = -std::numeric_limits<T>::infinity();
@@ -41,6 +39,7 @@ class Forward {
 
   void run() const {
     const int64_t N = shape_.keys, tile = tile_rows<T>(round_up(N, P::NR), 1);
+    const int64_t chosen = find_cuts_.batch() * chosen_ld();
     for_query_rows(shape_, tile, [&](int64_t head, int64_t begin, int64_t end) {
       const auto queries = head_rows<S>(q_, head, shape_.heads);
       RowProducts<S> score(N, shape_.dim);
@@ -49,58 +48,64 @@ class Forward {
                       Scratch::bytes_for<T>(P::MC * P::lda) +
                       Scratch::bytes_for<T>(tile * score.ld()) +
                       Scratch::bytes_for<T>(round_up(shape_.value_dim, L)) +
-                      Scratch::bytes_for<T>(topk_ + L) + Scratch::bytes_for<int32_t>(topk_ + L));
+                      Scratch::bytes_for<T>(chosen) + Scratch::bytes_for<int32_t>(chosen));
       score.take(scratch);
       near.take(scratch);
       T* a_panel = scratch.take<T>(P::MC * P::lda);
       T* scores = scratch.take<T>(tile * score.ld());
-      const Row row{scratch.take<T>(round_up(shape_.value_dim, L)), scratch.take<T>(topk_ + L),
-                    scratch.take<int32_t>(topk_ + L)};
+      const Choices choices{scratch.take<T>(round_up(shape_.value_dim, L)),
+                            scratch.take<T>(chosen), scratch.take<int32_t>(chosen)};
       score.start(head_rows<S>(k_, head, shape_.heads), 0);
       near(head_rows<S>(v_, head, shape_.heads), [&](auto values, int64_t value_dim) {
         for (int64_t i0 = begin; i0 < end; i0 += tile) {
           const int64_t m = std::min(tile, end - i0);
           score(queries, i0, m, a_panel, scores);
-          finish_rows(row, scores, score.ld(), head, i0, m, values, value_dim);
+          for (int64_t b = 0; b < m; b += find_cuts_.batch()) {
+            const int rows = static_cast<int>(std::min<int64_t>(find_cuts_.batch(), m - b));
+            choose(choices, scores + b * score.ld(), score.ld(), rows);
+            write(choices, head, i0 + b, rows, values, value_dim);
+          }
         }
       });
     });
   }
 
  private:
-  // One query's sum of values, and its choice: scores that become weights, and indices.
-  struct Row {
-    T *sum, *chosen;
+  // What a batch of queries chose, rows of chosen_ld(); and room for one query's sum of values.
+  struct Choices {
+    T *sum, *weights;
     int32_t* indices;
   };
+  int64_t chosen_ld() const { return round_up(topk_, L) + L; }
 
-  template <class Values>
-  void finish_rows(const Row& row, T* scores, int64_t ld, int64_t head, int64_t i0, int64_t m,
-                   Rows<Values> values, int64_t value_dim) const {
-    const auto results = head_rows<S>(out_, head, shape_.heads);
-    const int batch = find_cuts_.batch();
-    for (int64_t b = 0; b < m; b += batch) {
-      const int rows = static_cast<int>(std::min<int64_t>(batch, m - b));
-      T* s = scores + b * ld;
-      const auto statistics =
-          prepare_rows<T>(s, ld, rows, shape_.keys, static_cast<T>(shape_.scale));
-      Cut<T> cuts[L];
-      find_cuts_(s, ld, rows, statistics, cuts);
-      for (int r = 0; r < rows; ++r) {
-        const int64_t i = i0 + b + r;
-        prefetch_ahead<true>(results, i, shape_.queries, shape_.value_dim);
-        collect_selected(s + r * ld, shape_.keys, topk_, cuts[r], row.indices, row.chosen);
-        softmax(row.chosen, topk_, statistics.highest[r]);
-        gather_sum(row.sum, row.indices, row.chosen, topk_, values, value_dim);
-        narrow_run(results[i], row.sum, shape_.value_dim);
-        if (indices_ != nullptr) save(row, (head * shape_.queries + i) * topk_);
-      }
-    }
+  // One thing at a time for all rows: what one row waits for, the next does not.
+  void choose(const Choices& choices, T* scores, int64_t ld, int rows) const {
+    const T scale = static_cast<T>(shape_.scale);
+    const RowStatistics<T> statistics = prepare_rows(scores, ld, rows, shape_.keys, scale);
+    Cut<T> cuts[L];
+    find_cuts_(scores, ld, rows, statistics, cuts);
+    for (int r = 0; r < rows; ++r)
+      collect_selected(scores + r * ld, shape_.keys, topk_, cuts[r],
+                       choices.indices + r * chosen_ld(), choices.weights + r * chosen_ld());
+    for (int r = 0; r < rows; ++r)
+      softmax<T>(choices.weights + r * chosen_ld(), topk_, statistics.highest[r]);
   }
 
-  void save(const Row& row, int64_t at) const {
-    std::copy_n(row.indices, topk_, indices_ + at);
-    widen_run(weights_ + at, row.chosen, topk_);
+  template <class Values>
+  void write(const Choices& choices, int64_t head, int64_t i0, int rows, Rows<Values> values,
+             int64_t value_dim) const {
+    const auto results = head_rows<S>(out_, head, shape_.heads);
+    for (int r = 0; r < rows; ++r) {
+      const int32_t* indices = choices.indices + r * chosen_ld();
+      const T* weights = choices.weights + r * chosen_ld();
+      prefetch_ahead<true>(results, i0 + r, shape_.queries, shape_.value_dim);
+      gather_sum(choices.sum, indices, weights, topk_, values, value_dim);
+      narrow_run(results[i0 + r], choices.sum, shape_.value_dim);
+      if (indices_ == nullptr) continue;
+      const int64_t at = (head * shape_.queries + i0 + r) * topk_;
+      std::copy_n(indices, topk_, indices_ + at);
+      widen_run(weights_ + at, weights, topk_);
+    }
   }
 
   const AttentionShape& shape_;

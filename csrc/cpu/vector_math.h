@@ -85,23 +85,36 @@ inline Vec<Compute<S>> load_partial(const S* p, int64_t count) {
 
 // ---- extrema ------------------------------------------------------------------------------
 
-// A NaN in x leaves the bound as it is.
-template <class V>
-inline V lane_max(V bound, V x) {
+// A NaN in x leaves the bound as it is: these are what the instructions do, but compilers do not
+// recognise `x > bound ? x : bound` in vectors.
+inline Vec<float> lane_max(Vec<float> bound, Vec<float> x) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_max_ps((__m512)x, (__m512)bound);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_max_ps((__m256)x, (__m256)bound);
+#else
   return x > bound ? x : bound;
+#endif
 }
-template <class V>
-inline V lane_min(V bound, V x) {
+inline Vec<float> lane_min(Vec<float> bound, Vec<float> x) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps((__m512)x, (__m512)bound);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_min_ps((__m256)x, (__m256)bound);
+#else
   return x < bound ? x : bound;
+#endif
 }
+inline Vec<double> lane_max(Vec<double> bound, Vec<double> x) { return x > bound ? x : bound; }
+inline Vec<double> lane_min(Vec<double> bound, Vec<double> x) { return x < bound ? x : bound; }
 
 template <class T>
 inline T reduce_max(Vec<T> v) {
-  return reduce_lanes<T>(v, lane_max<Vec<T>>);
+  return reduce_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return lane_max(a, b); });
 }
 template <class T>
 inline T reduce_min(Vec<T> v) {
-  return reduce_lanes<T>(v, lane_min<Vec<T>>);
+  return reduce_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return lane_min(a, b); });
 }
 
 // ---- exp ----------------------------------------------------------------------------------
@@ -142,8 +155,8 @@ template <class V, class T = std::remove_reference_t<decltype(V{}[0])>>
 inline V exp_lanes(V x) {
   using C = ExpConstants<T>;
   const V lowest = broadcast(C::lowest), highest = broadcast(C::highest);
-  x = x < lowest ? lowest : x;
-  x = x > highest ? highest : x;
+  x = lane_max(x, lowest);  // NaN stays: the bound is what is compared with it
+  x = lane_min(x, highest);
   const V shifted = fma(x, broadcast(C::log2e), broadcast(C::round));
   const V n = shifted - broadcast(C::round);
   V r = fma(n, broadcast(-C::ln2_high), x);
@@ -238,6 +251,15 @@ inline uint32_t mask_bits(Vec<int64_t> mask) {
   for (int i = 0; i < kLanes<int64_t>; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
   return bits;
 #endif
+}
+
+// mask_bits(x >= y), by way of no vector where the instruction set has masks.
+template <class T>
+inline uint32_t at_least_bits(Vec<T> x, Vec<T> y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GE_OQ);
+#endif
+  return mask_bits(x >= y);
 }
 
 // The comparison's result that mask_bits gives `bits` for.
