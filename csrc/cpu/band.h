@@ -6,41 +6,11 @@
 
 #include <algorithm>
 
+#include "interleave.h"
 #include "patches.h"
 #include "transpose.h"
 
 namespace pyvit {
-
-// Three planes to pixels of three channels, as images mostly come: two shuffles a vector.
-template <class T, int... Lane>
-inline void interleave_three(T* dst, Vec<T> a, Vec<T> b, Vec<T> c,
-                             std::integer_sequence<int, Lane...>) {
-  constexpr int L = kLanes<T>;
-  // Lane e of the whole takes channel e % 3 of pixel e / 3; c joins a and b's in a second step.
-  auto part = [&](auto first) {
-    constexpr int f = decltype(first)::value;
-    const Vec<T> ab = shuffle_lanes<T, ((f + Lane) / 3 + ((f + Lane) % 3 == 1 ? L : 0))...>(a, b);
-    store(dst + f, shuffle_lanes<T, ((f + Lane) % 3 == 2 ? L + (f + Lane) / 3 : Lane)...>(ab, c));
-  };
-  part(std::integral_constant<int, 0>{});
-  part(std::integral_constant<int, L>{});
-  part(std::integral_constant<int, 2 * L>{});
-}
-
-// dst[3 · column + channel]
-template <class T, class S>
-void pack_three_planes(T* dst, const S* src, int64_t plane, int64_t count) {
-  constexpr int64_t L = kLanes<T>;
-  int64_t w = 0;
-  for (; w + L <= count; w += L) {
-    T lanes[3][L];
-    for (int c = 0; c < 3; ++c) widen_run(lanes[c], src + c * plane + w, L);
-    interleave_three(dst + 3 * w, load(lanes[0]), load(lanes[1]), load(lanes[2]),
-                     std::make_integer_sequence<int, L>{});
-  }
-  for (; w < count; ++w)
-    for (int c = 0; c < 3; ++c) dst[3 * w + c] = widen(src[c * plane + w]);
-}
 
 struct BandBox {
   int64_t image, row, column, channel;  // first ones in the image; row and column may be outside
@@ -63,7 +33,7 @@ void pack_band_channels(T* dst, int64_t pitch, const PatchSource<S>& source, con
     if (h < 0 || h >= source.height) continue;
     const S* from = image + h * source.stride[2];
     if (count == 3 && pitch == 3 && source.stride[3] == 1) {
-      pack_three_planes(to, from, source.stride[1], columns);
+      interleave(to, from, source.stride[1], 3, columns);
     } else if (source.stride[1] != 1) {
       transpose(to, pitch, from, source.stride[1], source.stride[3], count, columns);
     } else if (source.stride[3] == count && pitch == count) {

@@ -12,6 +12,7 @@
 #include "gather.h"
 #include "gemm.h"
 #include "pixel_group.h"
+#include "pixel_strips.h"
 #include "transpose.h"
 
 namespace pyvit {
@@ -65,28 +66,6 @@ void pack_patch_strips(Compute<S>* dst, const PatchSource<S>& source, int64_t k0
     copy_pixel_group(dst, NR, source, k0, kb, n0 + j, std::min<int64_t>(NR, nb - j));
 }
 
-// For 1×1 layers, whose pixels are runs: a channel's run is read in one go, as memory likes it.
-template <class S>
-void pack_pixel_runs(Compute<S>* dst, const PatchSource<S>& source, int64_t k0, int64_t kb,
-                     int64_t n0, int64_t nb) {
-  using T = Compute<S>;
-  constexpr int NR = Panel<T>::NR;
-  for_each_run(source.grid, n0, nb, [&](const PixelRun& run) {
-    const S* from = source.data + run.image * source.stride[0] + k0 * source.stride[1] +
-                    run.row * source.stride[2] + run.column;
-    for (int64_t k = 0; k < kb; ++k, from += source.stride[1]) {
-      for (int64_t t = 0; t < run.count;) {
-        const int64_t at = run.at + t, lane = at % NR, count = std::min(NR - lane, run.count - t);
-        widen_run(dst + (at - lane) * kb + k * NR + lane, from + t, count);
-        t += count;
-      }
-    }
-  });
-  if (nb % NR == 0) return;
-  T* last = dst + nb / NR * NR * kb;
-  for (int64_t k = 0; k < kb; ++k) std::fill(last + k * NR + nb % NR, last + (k + 1) * NR, T(0));
-}
-
 template <class S>
 void store_planar(const Gather<S>& g, const Compute<S>* c, int64_t ldc, int64_t m0, int64_t mb,
                   int64_t n0, int64_t nb) {
@@ -136,7 +115,7 @@ void run_planar(const Gather<S>& gather) {
         },
         [&](T* b, int64_t k0, int64_t kb, int64_t n, int64_t columns) {
           if (runs) {
-            pack_pixel_runs(b, g.source, k0, kb, n, columns);
+            pack_pixel_strips(b, g.source.data, g.source.stride, g.source.grid, k0, kb, n, columns);
           } else {
             pack_patch_strips(b, g.source, k0, kb, n, columns);
           }

@@ -1,25 +1,27 @@
-// dpatch[p, e] = Σ_o dy[o, p] · w[o, e], each patch then added where it was read from: the input
-// gradient of a stem or a patchifying layer. Gathering packs O·taps values for each input pixel
-// and multiplies them with only C rows; here dy is packed once, and C·kh runs of kw values are
-// added for each output pixel.
+// dpatch[e, p] = Σ_o w[o, e] · dy[o, p], each patch then added where it was read from: the input
+// gradient of a stem or a patchifying layer, whose few channels would leave the vector side of a
+// gather mostly empty.
 //
-// One task owns a band of input rows of one image, adds in float32 in its scratch, and computes
-// every output row that reaches the band: no two tasks write one place. An input pixel receives
-// its output pixels in ascending order, and bands are cut by the image's shape alone, so the
-// result depends neither on threads nor on the batch.
+// One task owns a band of input rows of one image, adds in its scratch, and computes every output
+// row that reaches the band: no two tasks write one place. A row of the sums is kept as one line
+// for each residue of the padded column modulo the stride, so that what one kernel element
+// receives from a row of output pixels is added as one run; the lines are interleaved at the end.
+// Output pixels are taken in groups of whole rows, which the image's shape alone decides: an input
+// pixel is summed in the same order however the bands are cut.
 #include "conv2d_scatter.h"
 
 #include <vector>
 
 #include "gemm.h"
-#include "patches.h"
+#include "interleave.h"
+#include "pixel_strips.h"
 #include "transpose.h"
 
 namespace pyvit {
 namespace {
 
 constexpr int64_t kBandBytes = 384 << 10;
-constexpr int64_t kPixels = 252;  // output pixels in one block of the product
+constexpr int64_t kElements = 252;  // patch elements in one block of the product
 
 struct Axis {
   int64_t size, out, kernel, stride, padding, dilation;
@@ -33,7 +35,6 @@ struct Axis {
         dilation(s.dilation[axis]) {}
 
   int64_t reach() const { return dilation * (kernel - 1); }
-  int64_t input(int64_t o, int64_t tap) const { return o * stride - padding + tap * dilation; }
   // The output positions [first_reaching, last_reaching] whose window touches [begin, end).
   int64_t first_reaching(int64_t begin) const {
     return std::max<int64_t>(0, ceil_div(std::max<int64_t>(0, begin + padding - reach()), stride));
@@ -41,159 +42,199 @@ struct Axis {
   int64_t last_reaching(int64_t end) const {
     return std::min(out - 1, (end - 1 + padding) / stride);
   }
+  // Length of a line of sums: every stride-th padded position.
+  int64_t line() const {
+    return std::max(out + reach() / stride, ceil_div(size + padding, stride));
+  }
 };
 
-template <class T>
-int64_t band_rows(int64_t channels, const Axis& rows, int64_t width) {
-  const int64_t most = kBandBytes / (channels * width * static_cast<int64_t>(sizeof(T)));
-  // A whole number of strides: patches that do not overlap are then never computed twice.
-  return most >= rows.size ? rows.size : most / rows.stride * rows.stride;
+// Elements of a band for one of its rows.
+int64_t row_elements(const Conv2dShape& shape) {
+  const Axis across(shape, 1);
+  return shape.in_channels / shape.groups * across.stride * across.line();
 }
 
-// A row of the kernel for one channel, or the part of it in one block of the product.
-struct KernelRun {
-  int64_t channel, row, column, count;
-};
-
-std::vector<KernelRun> kernel_runs(int64_t begin, int64_t end, int64_t rows, int64_t columns) {
-  std::vector<KernelRun> runs;
-  for (int64_t e = begin; e < end;) {
-    const int64_t count = std::min(columns - e % columns, end - e);
-    runs.push_back({e / (rows * columns), e / columns % rows, e % columns, count});
-    e += count;
-  }
-  return runs;
+// Rows of a band that are worth it beside the output rows that two neighbouring bands both compute.
+int64_t shortest_band(const Axis& down) {
+  return std::max(down.stride, 4 * (down.reach() + 1 - down.stride));
 }
 
 template <class T>
-struct Band {
-  T* sum;  // [channel][row][column]
-  int64_t first, rows, width;
+int64_t band_rows(const Conv2dShape& shape) {
+  const Axis down(shape, 0);
+  const int64_t most = kBandBytes / (row_elements(shape) * static_cast<int64_t>(sizeof(T)));
+  auto cut = [&](int64_t bands) {
+    return round_up(ceil_div(down.size, bands), down.stride);
+  };
+  int64_t bands = 1;
+  while (cut(bands) > std::max(most, down.stride)) ++bands;
+  const int64_t images = shape.batch * shape.groups, wanted = 2 * thread_count();
+  while (images * bands < wanted && cut(2 * bands) >= shortest_band(down)) bands *= 2;
+  return cut(bands);
+}
 
-  // Adds the patch elements of output pixel (oh, ow).
-  void add(const std::vector<KernelRun>& runs, const T* patch, int64_t oh, int64_t ow,
-           const Axis& vertical, const Axis& horizontal) const {
-    for (const KernelRun& run : runs) {
-      const T* from = patch;
-      patch += run.count;
-      const int64_t h = vertical.input(oh, run.row) - first;
-      if (h < 0 || h >= rows) continue;
-      T* line = sum + (run.channel * rows + h) * width;
-      const int64_t w = horizontal.input(ow, run.column);
-      if (horizontal.dilation == 1) {
-        const int64_t skip = std::max<int64_t>(0, -w), stop = std::min(run.count, width - w);
-        if (stop > skip) add_run(line + w + skip, from + skip, stop - skip);
-        continue;
-      }
-      for (int64_t j = 0; j < run.count; ++j) {
-        const int64_t column = w + j * horizontal.dilation;
-        if (column >= 0 && column < width) line[column] += from[j];
-      }
-    }
-  }
+// Element e of a patch: a weight of each output channel, and where its products are added.
+struct Element {
+  int64_t weight, channel, row, line, shift;
 };
+
+std::vector<Element> patch_elements(const Conv2dShape& shape, const int64_t weight_stride[4]) {
+  const Axis down(shape, 0), across(shape, 1);
+  std::vector<Element> elements;
+  for (int64_t c = 0; c < shape.in_channels / shape.groups; ++c)
+    for (int64_t i = 0; i < down.kernel; ++i)
+      for (int64_t j = 0; j < across.kernel; ++j)
+        elements.push_back(
+            {c * weight_stride[1] + i * weight_stride[2] + j * weight_stride[3], c,
+             i * down.dilation, j * across.dilation % across.stride,
+             j * across.dilation / across.stride});
+  // In the order of memory, so that weights are runs whatever their layout.
+  std::sort(elements.begin(), elements.end(),
+            [](const Element& a, const Element& b) { return a.weight < b.weight; });
+  return elements;
+}
+
+// A[e, o] = w[o, e]
+template <class S>
+void pack_elements(Compute<S>* dst, const S* weights, int64_t out_stride,
+                   const std::vector<Element>& elements, int64_t m0, int64_t mb, int64_t kb) {
+  constexpr int64_t lda = Panel<Compute<S>>::lda;
+  for (int64_t m = 0; m < mb;) {
+    const int64_t first = elements[m0 + m].weight;
+    int64_t run = 1;
+    while (m + run < mb && elements[m0 + m + run].weight == first + run) ++run;
+    transpose(dst + m * lda, lda, weights + first, out_stride, 1, kb, run);
+    m += run;
+  }
+}
 
 template <class S>
-void scatter(const Conv2dShape& shape, View4 dy, View4 w, View4 dx) {
+class Scatter {
   using T = Compute<S>;
   using P = Panel<T>;
-  const Axis vertical(shape, 0), horizontal(shape, 1);
-  const int64_t G = shape.groups, C = shape.in_channels / G, O = shape.out_channels / G;
-  const int64_t E = C * vertical.kernel * horizontal.kernel, W = shape.width;
-  const int64_t rows = band_rows<T>(C, vertical, W), bands = ceil_div(shape.height, rows);
-  const int64_t grid[2] = {shape.out_height, shape.out_width};
-  // Where patch element e lies in the weights of one output channel.
-  const bool weights_are_runs = w.stride[3] == 1 && w.stride[2] == horizontal.kernel &&
-                                w.stride[1] == vertical.kernel * horizontal.kernel;
-  parallel_for(shape.batch * G * bands, [&](int64_t task) {
-    const int64_t band_index = task % bands, g = task / bands % G, image = task / bands / G;
-    const S* grad = static_cast<const S*>(dy.data) + image * dy.stride[0] + g * O * dy.stride[1];
-    const S* weights = static_cast<const S*>(w.data) + g * O * w.stride[0];
-    Band<T> band{nullptr, band_index * rows, std::min(rows, shape.height - band_index * rows), W};
-    const int64_t nb = std::min(E, P::NB);
-    Scratch scratch(Scratch::bytes_for<T>(C * rows * W) + P::scratch_bytes(kPixels, nb));
-    band.sum = scratch.take<T>(C * rows * W);
-    std::fill(band.sum, band.sum + C * band.rows * W, T(0));
 
-    auto pack_pixels = [&](T* a, int64_t m0, int64_t mb, int64_t k0, int64_t kb) {
-      for_each_run(grid, m0, mb, [&](const PixelRun& run) {
-        const S* from = grad + run.row * dy.stride[2] + run.column * dy.stride[3] +
-                        k0 * dy.stride[1];
-        T* to = a + run.at * P::lda;
-        if (dy.stride[1] == 1) {
-          for (int64_t t = 0; t < run.count; ++t)
-            widen_run(to + t * P::lda, from + t * dy.stride[3], kb);
-        } else {
-          transpose(to, P::lda, from, dy.stride[1], dy.stride[3], kb, run.count);
-        }
-      });
+ public:
+  Scatter(const Conv2dShape& shape, View4 dy, View4 w, View4 dx)
+      : shape_(shape), dy_(dy), w_(w), dx_(dx), down_(shape, 0), across_(shape, 1),
+        channels_(shape.in_channels / shape.groups), outs_(shape.out_channels / shape.groups),
+        rows_(band_rows<T>(shape)), row_(row_elements(shape)),
+        elements_(patch_elements(shape, w.stride)) {}
+
+  void run() const {
+    const int64_t bands = ceil_div(shape_.height, rows_);
+    parallel_for(shape_.batch * shape_.groups * bands, [&](int64_t task) {
+      const int64_t image = task / bands / shape_.groups, g = task / bands % shape_.groups;
+      const int64_t first = task % bands * rows_, last = std::min(shape_.height, first + rows_);
+      Scratch scratch(scratch_bytes());
+      T* sums = scratch.take<T>(rows_ * row_);
+      T* pixels = scratch.take<T>(row_);
+      std::fill(sums, sums + (last - first) * row_, T(0));
+      add_band(scratch, sums, image, g, first, last);
+      store_band(sums, pixels, image, g, first, last);
+    });
+  }
+
+ private:
+  int64_t scratch_bytes() const {
+    return Scratch::bytes_for<T>(rows_ * row_) + Scratch::bytes_for<T>(row_) +
+           P::scratch_bytes(kElements, P::NB);
+  }
+
+  void add_band(Scratch scratch, T* sums, int64_t image, int64_t g, int64_t first,
+                int64_t last) const {
+    const S* grad = static_cast<const S*>(dy_.data) + image * dy_.stride[0] +
+                    g * outs_ * dy_.stride[1];
+    const S* weights = static_cast<const S*>(w_.data) + g * outs_ * w_.stride[0];
+    const int64_t grid[2] = {shape_.out_height, shape_.out_width};
+    auto pack_a = [&](T* a, int64_t m0, int64_t mb, int64_t k0, int64_t kb) {
+      pack_elements(a, weights + k0 * w_.stride[0], w_.stride[0], elements_, m0, mb, kb);
     };
-    auto pack_weights = [&](T* b, int64_t k0, int64_t kb, int64_t n0, int64_t columns) {
-      const auto runs = kernel_runs(n0, n0 + columns, vertical.kernel, horizontal.kernel);
-      T line[P::NB] = {};
-      for (int64_t k = 0; k < kb; ++k) {
-        const S* of_channel = weights + (k0 + k) * w.stride[0];
-        if (weights_are_runs) {
-          widen_run(line, of_channel + n0, columns);
-        } else {
-          T* to = line;
-          for (const KernelRun& run : runs)
-            for (int64_t j = 0; j < run.count; ++j)
-              *to++ = widen(of_channel[run.channel * w.stride[1] + run.row * w.stride[2] +
-                                       (run.column + j) * w.stride[3]]);
-        }
-        for (int64_t j = 0; j < columns; j += P::NR)
-          std::copy(line + j, line + j + P::NR, b + j * kb + k * P::NR);
+    auto pack_b = [&](T* b, int64_t k0, int64_t kb, int64_t n0, int64_t nb) {
+      pack_pixel_strips(b, grad, dy_.stride, grid, k0, kb, n0, nb);
+    };
+    auto add = [&](const T* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0, int64_t nb) {
+      for (int64_t m = 0; m < mb; ++m, c += ldc) {
+        const Element& e = elements_[m0 + m];
+        for_each_run(grid, n0, nb, [&](const PixelRun& run) {
+          const int64_t h = run.row * down_.stride - down_.padding + e.row;
+          if (h < first || h >= last) return;
+          add_run(line(sums, h - first, e.channel, e.line) + e.shift + run.column, c + run.at,
+                  run.count);
+        });
       }
     };
-    auto add_patches = [&](const T* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0,
-                           int64_t columns) {
-      const auto runs = kernel_runs(n0, n0 + columns, vertical.kernel, horizontal.kernel);
-      for_each_run(grid, m0, mb, [&](const PixelRun& run) {
-        for (int64_t t = 0; t < run.count; ++t)
-          band.add(runs, c + (run.at + t) * ldc, run.row, run.column + t, vertical, horizontal);
-      });
-    };
-
-    const int64_t begin = vertical.first_reaching(band.first) * shape.out_width;
-    const int64_t end =
-        (vertical.last_reaching(band.first + band.rows) + 1) * shape.out_width;
-    for (int64_t m0 = begin; m0 < end; m0 += kPixels)
-      for (int64_t n0 = 0; n0 < E; n0 += P::NB)
-        gemm_block<T>(scratch, m0, std::min(kPixels, end - m0), n0, std::min(P::NB, E - n0), 0, O,
-                      pack_pixels, pack_weights, add_patches);
-
-    S* out = static_cast<S*>(dx.data) + image * dx.stride[0] + g * C * dx.stride[1];
-    for (int64_t c = 0; c < C; ++c) {
-      for (int64_t h = 0; h < band.rows; ++h) {
-        S* line = out + c * dx.stride[1] + (band.first + h) * dx.stride[2];
-        const T* sum = band.sum + (c * band.rows + h) * W;
-        if (dx.stride[3] == 1) {
-          narrow_run(line, sum, W);
-        } else {
-          for (int64_t i = 0; i < W; ++i) line[i * dx.stride[3]] = narrow<S>(sum[i]);
-        }
-      }
+    const int64_t width = shape_.out_width, group = std::max<int64_t>(1, P::NB / width);
+    const int64_t begin = down_.first_reaching(first), end = down_.last_reaching(last) + 1;
+    for (int64_t row = begin / group * group; row < end; row += group) {
+      const int64_t from = std::max(begin, row) * width, to = std::min(end, row + group) * width;
+      for (int64_t n0 = from; n0 < to; n0 += P::NB)
+        for (int64_t m0 = 0; m0 < count(); m0 += kElements)
+          gemm_block<T>(scratch, m0, std::min(kElements, count() - m0), n0,
+                        std::min(P::NB, to - n0), 0, outs_, pack_a, pack_b, add);
     }
-  });
-}
+  }
+
+  int64_t count() const { return elements_.size(); }
+  T* line(T* sums, int64_t row, int64_t channel, int64_t residue) const {
+    return sums + row * row_ + (channel * across_.stride + residue) * across_.line();
+  }
+
+  void store_band(T* sums, T* pixels, int64_t image, int64_t g, int64_t first,
+                  int64_t last) const {
+    const int64_t padded = across_.stride * across_.line(), W = shape_.width;
+    for (int64_t h = first; h < last; ++h) {
+      S* out = static_cast<S*>(dx_.data) + image * dx_.stride[0] + g * channels_ * dx_.stride[1] +
+               h * dx_.stride[2];
+      T* from = line(sums, h - first, 0, 0);
+      if (across_.stride > 1) {
+        for (int64_t c = 0; c < channels_; ++c)
+          interleave(pixels + c * padded, static_cast<const T*>(from + c * padded),
+                     across_.line(), across_.stride, across_.line());
+        std::swap(from, pixels);
+      }
+      const T* planes = from + across_.padding;
+      if (dx_.stride[1] == 1 && dx_.stride[3] == channels_) {
+        store_pixels(out, pixels, planes, padded, W);
+      } else {
+        for (int64_t c = 0; c < channels_; ++c)
+          store_line(out + c * dx_.stride[1], planes + c * padded, W);
+      }
+      if (across_.stride > 1) std::swap(from, pixels);
+    }
+  }
+
+  // Channels last. `spare` has room for a row.
+  void store_pixels(S* out, T* spare, const T* planes, int64_t plane, int64_t width) const {
+    interleave(spare, planes, plane, channels_, width);
+    narrow_run(out, spare, width * channels_);
+  }
+
+  void store_line(S* out, const T* from, int64_t width) const {
+    if (dx_.stride[3] == 1) return narrow_run(out, from, width);
+    for (int64_t i = 0; i < width; ++i) out[i * dx_.stride[3]] = narrow<S>(from[i]);
+  }
+
+  const Conv2dShape& shape_;
+  const View4 dy_, w_, dx_;
+  const Axis down_, across_;
+  const int64_t channels_, outs_, rows_, row_;
+  const std::vector<Element> elements_;
+};
 
 }  // namespace
 
 bool scatter_is_cheaper(const Conv2dShape& shape) {
   const int64_t C = shape.in_channels / shape.groups, O = shape.out_channels / shape.groups;
-  const Axis vertical(shape, 0);
-  // Measured: packing a value takes about a tenth of the time of adding a run of kw of them.
-  const bool less_work = 10 * C <= O * shape.kernel[1];
-  // The bands fit, and are tall beside the rows that two of them both compute.
-  const int64_t tall = std::max(vertical.stride, 4 * (vertical.reach() + 1 - vertical.stride));
-  const int64_t row_bytes = C * shape.width * static_cast<int64_t>(sizeof(double));
-  return less_work && row_bytes * std::min(tall, shape.height) <= kBandBytes;
+  const Axis down(shape, 0);
+  // A gather multiplies whole vectors of input channels.
+  const bool few_channels = C < 12 && O >= 8;
+  const int64_t row_bytes = row_elements(shape) * static_cast<int64_t>(sizeof(double));
+  return few_channels && row_bytes * std::min(shortest_band(down), shape.height) <= kBandBytes;
 }
 
 void conv2d_input_grad_scatter(DType dtype, const Conv2dShape& shape, View4 dy, View4 w,
                                View4 dx) {
-  dispatch(dtype, [&](auto s) { scatter<decltype(s)>(shape, dy, w, dx); });
+  dispatch(dtype, [&](auto s) { Scatter<decltype(s)>(shape, dy, w, dx).run(); });
 }
 
 }  // namespace pyvit
