@@ -30,7 +30,7 @@ class Victim:
     batch: int  # powers of two: torchattacks divides the loss by it
     size: int  # height and width in pixels
     topk: int | None = None  # keys that each query of our copy keeps
-    convolutional: bool = False  # channels_last may suit it better
+    convolutional: bool = False  # then ours is channels_last, and a peer
 
 
 def victims() -> list[Victim]:
@@ -129,10 +129,16 @@ def build(victim: Victim, steps: int) -> Row:
     pyvit.replace_layers(ours, attention={"topk": victim.topk})
     images = torch.rand(victim.batch, 3, victim.size, victim.size)
     labels = torch.arange(victim.batch) % 10
+    ours_images = images
+    if victim.convolutional:
+        ours = ours.to(memory_format=torch.channels_last)
+        ours_images = images.contiguous(memory_format=torch.channels_last)
     attack = pyvit.attacks.PGD(ours, eps=EPS, step_size=STEP, steps=steps, random_start=False)
-    peers = _peers(victim, torchs, ours, images, labels, steps)
+    peers = _peers(victim, torchs, images, labels, steps)
+    if "torchattacks" in peers:
+        peers[OUR_LAYERS] = partial(_torchattacks(ours, steps), ours_images, labels)
     return Row(
-        ours=partial(attack, images, labels),
+        ours=partial(attack, ours_images, labels),
         peers=peers,
         flops=_flops_of_a_step(victim, torchs, images, labels) * steps,
         bytes=2.0 * images.numel() * images.element_size(),
@@ -141,12 +147,7 @@ def build(victim: Victim, steps: int) -> Row:
 
 
 def _peers(
-    victim: Victim,
-    torchs: nn.Module,
-    ours: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    steps: int,
+    victim: Victim, torchs: nn.Module, images: Tensor, labels: Tensor, steps: int
 ) -> dict[str, Callable[[], Any]]:
     peers: dict[str, Callable[[], Any]] = {
         "plain loop": partial(plain_pgd, torchs, images, labels, steps)
@@ -160,7 +161,6 @@ def _peers(
         peers["torchattacks, channels_last"] = partial(
             _torchattacks(last, steps), images_last, labels
         )
-    peers[OUR_LAYERS] = partial(_torchattacks(ours, steps), images, labels)
     return peers
 
 
