@@ -23,21 +23,34 @@ class Layer:
     kernel: int
     stride: int
     padding: int
+    groups: int = 1
+    dilation: int = 1
 
     def __str__(self) -> str:
         stride = f"/{self.stride}" if self.stride > 1 else ""
         images = f"{self.batch}x{self.channels}x{self.size}x{self.size}"
-        return f"{images} {self.kernel}x{self.kernel}{stride} to {self.out_channels}"
+        extra = f" in {self.groups} groups" if self.groups > 1 else ""
+        if self.groups == self.channels == self.out_channels:
+            extra = " depth-wise"
+        if self.dilation > 1:
+            extra += f" dilated by {self.dilation}"
+        return f"{images} {self.kernel}x{self.kernel}{stride} to {self.out_channels}{extra}"
 
     @property
     def out_size(self) -> int:
-        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        span = self.dilation * (self.kernel - 1) + 1
+        return (self.size + 2 * self.padding - span) // self.stride + 1
 
     @property
     def flops(self) -> float:
         """Of the forward pass, and of each of the gradients of x and weight."""
         products = self.batch * self.out_channels * self.out_size**2
-        return 2.0 * products * self.channels * self.kernel**2
+        return 2.0 * products * self.channels / self.groups * self.kernel**2
+
+    @property
+    def geometry(self) -> tuple[int, int, int, int]:
+        """What a convolution takes after x, weight and bias."""
+        return self.stride, self.padding, self.dilation, self.groups
 
 
 LAYERS = [
@@ -52,26 +65,46 @@ LAYERS = [
     Layer(32, 3, 128, 64, 7, 2, 3),
     Layer(8, 3, 224, 768, 16, 16, 0),
 ]
+# No combination of parameters may fall off a cliff: depth-wise, grouped and dilated layers.
+OTHER_LAYERS = [
+    Layer(16, 128, 28, 128, 3, 1, 1, groups=128),  # MobileNet
+    Layer(16, 64, 56, 64, 3, 2, 1, groups=64),
+    Layer(8, 96, 56, 96, 7, 1, 3, groups=96),  # ConvNeXt
+    Layer(16, 128, 56, 128, 3, 1, 1, groups=32),  # ResNeXt
+    Layer(16, 96, 27, 256, 5, 1, 2, groups=2),  # AlexNet
+    Layer(16, 128, 28, 128, 3, 1, 2, dilation=2),
+    Layer(8, 256, 28, 256, 3, 1, 4, dilation=4),
+]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 GROUPS = ("forward", "backward", "input gradient")
+OTHER = ", groups and dilation"  # after the group's name
 
 
 def cases(options: Options) -> list[Case]:
-    layers = [replace(layer, batch=1) for layer in LAYERS]
-    return [
-        Case("conv2d", group, f"{layer}, {layout}", partial(build, group, layer, layout, options))
-        for group in GROUPS
-        for layer in (layers if options.quick else LAYERS)
-        for layout in LAYOUTS
-    ]
+    def rows(title: str, layers: list[Layer], make) -> list[Case]:
+        if options.quick:
+            layers = [replace(layer, batch=1) for layer in layers]
+        return [
+            Case("conv2d", title, f"{layer}, {layout}", partial(make, layer=layer, layout=layout))
+            for layer in layers
+            for layout in LAYOUTS
+        ]
+
+    found = []
+    for group in GROUPS:
+        make = partial(build, group, options=options)
+        found += rows(group, LAYERS, make) + rows(group + OTHER, OTHER_LAYERS, make)
+    for group in ("forward", "input gradient"):
+        found += rows(f"{group}, bfloat16", LAYERS, partial(build_bfloat16, group))
+    return found
 
 
 def _arguments(layer: Layer, memory_format, wants_x: bool, wants_weight: bool):
     """x, weight, bias; the same values whatever the layout."""
     generator = torch.Generator().manual_seed(0)
-    fan_in = layer.channels * layer.kernel**2
+    fan_in = layer.channels // layer.groups * layer.kernel**2
     x = torch.randn(layer.batch, layer.channels, layer.size, layer.size, generator=generator)
-    size = (layer.out_channels, layer.channels, layer.kernel, layer.kernel)
+    size = (layer.out_channels, layer.channels // layer.groups, layer.kernel, layer.kernel)
     weight = torch.randn(size, generator=generator) / fan_in**0.5
     bias = torch.randn(layer.out_channels, generator=generator)
     x = x.contiguous(memory_format=memory_format).requires_grad_(wants_x)
@@ -79,28 +112,40 @@ def _arguments(layer: Layer, memory_format, wants_x: bool, wants_weight: bool):
     return x, weight, bias.requires_grad_(wants_weight)
 
 
-def _work(group: str, conv2d, layer: Layer, memory_format, dtype=torch.float32):
-    """A callable that does the group's work with ``conv2d`` alone: backward excludes forward."""
+def _work(
+    group: str,
+    conv2d,
+    layer: Layer,
+    memory_format,
+    dtype=torch.float32,
+    rounded=torch.float32,
+):
+    """A callable that does the group's work with ``conv2d`` alone: backward excludes forward.
+
+    Its arguments are of ``dtype``, with values that ``rounded`` has too.
+    """
     wants_x, wants_weight = group != "forward", group == "backward"
     tensors = _arguments(layer, memory_format, wants_x, wants_weight)
-    x, weight, bias = (t.detach().to(dtype).requires_grad_(t.requires_grad) for t in tensors)
-    forward = partial(conv2d, x, weight, bias, layer.stride, layer.padding)
+    x, weight, bias = (
+        t.detach().to(rounded).to(dtype).requires_grad_(t.requires_grad) for t in tensors
+    )
+    forward = partial(conv2d, x, weight, bias, *layer.geometry)
     if group == "forward":
         return forward
     wanted = [t for t in (x, weight, bias) if t.requires_grad]
     y = forward()
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    grad = grad.to(dtype).contiguous(memory_format=memory_format)
+    grad = grad.to(rounded).to(dtype).contiguous(memory_format=memory_format)
     return lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)
 
 
-def _bytes(group: str, layer: Layer) -> float:
+def _bytes(group: str, layer: Layer, itemsize: int = 4) -> float:
     x = layer.batch * layer.channels * layer.size**2
     y = layer.batch * layer.out_channels * layer.out_size**2
-    weight = layer.out_channels * layer.channels * layer.kernel**2
+    weight = layer.out_channels * layer.channels // layer.groups * layer.kernel**2
     # Backward reads the output's gradient, x and weight and writes the gradients of both.
     return (
-        4.0
+        float(itemsize)
         * {
             "forward": x + weight + y,
             "backward": y + 2 * x + 2 * weight,
@@ -131,6 +176,23 @@ def build(group: str, layer: Layer, layout: str, options: Options) -> Row:
         bytes=_bytes(group, layer),
         # Gradients sum over more terms than the forward pass: the tests' factor for them is 3.
         check=against_truth(truth, factor=2.0 if group == "forward" else 3.0),
+    )
+
+
+def build_bfloat16(group: str, layer: Layer, layout: str) -> Row:
+    """Against torch's bfloat16, and against our own float32 (1x: widening costs nothing)."""
+    work = partial(_work, group, layer=layer, memory_format=LAYOUTS[layout], rounded=torch.bfloat16)
+    return Row(
+        ours=work(pyvit.conv2d, dtype=torch.bfloat16),
+        peers={
+            "F.conv2d": work(F.conv2d, dtype=torch.bfloat16),
+            "our float32": work(pyvit.conv2d, dtype=torch.float32),
+        },
+        flops=layer.flops,
+        bytes=_bytes(group, layer, itemsize=2),
+        check=against_truth(
+            lambda: work(F.conv2d, dtype=torch.float64)(), 2.0 if group == "forward" else 3.0
+        ),
     )
 
 
