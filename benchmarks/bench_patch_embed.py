@@ -122,6 +122,8 @@ def build(group: str, e: Embedding, kind: str, options: Options) -> Row:
     if kind != BYTES:
         other = next(layout for layout in LAYOUTS if layout != kind)
         peers["eager chain, other layout"] = work(chain, kind=other)
+    if e.dtype is torch.bfloat16:  # the same values; 1x: widening costs nothing
+        peers["our float32"] = work(pyvit.patch_embed, kind=kind, dtype=torch.float32)
     if options.compile:
         peers["compiled chain"] = work(torch.compile(chain), kind=kind)
 

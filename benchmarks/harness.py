@@ -81,7 +81,8 @@ class Result:
     wrong: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)
-    spread: dict[str, tuple[float, float]] = field(default_factory=dict)  # ratio's quartiles
+    # of the ratio: its quartiles over rounds; of several runs, the lowest and the highest
+    spread: dict[str, tuple[float, float]] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     rounds: int = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,51 @@ def geometric_means(results: Sequence[Result]) -> dict[tuple[str, str], dict[str
     }
 
 
+def medians(runs: Sequence[Sequence[Result]]) -> list[Result]:
+    """One result a row from several runs of the same rows: medians of times and ratios.
+
+    A row, or a peer, that was wrong in any run is wrong.
+    """
+    merged = []
+    for rows in zip(*runs, strict=True):
+        first = rows[0]
+        assert all((r.op, r.group, r.name) == (first.op, first.group, first.name) for r in rows)
+        wrong = {name: why for row in rows for name, why in row.wrong.items()}
+
+        def over_runs(attribute: str, pick, rows=rows, wrong=wrong) -> dict:
+            tables = [getattr(row, attribute) for row in rows]
+            shared = [n for n in tables[0] if n not in wrong and all(n in t for t in tables)]
+            return {name: pick([table[name] for table in tables]) for name in shared}
+
+        merged.append(
+            dataclasses.replace(
+                first,
+                wrong=wrong,
+                seconds=over_runs("seconds", statistics.median),
+                ratio=over_runs("ratio", statistics.median),
+                spread=over_runs("ratio", lambda ratios: (min(ratios), max(ratios))),
+                peak_bytes=over_runs("peak_bytes", max),
+                rounds=sum(row.rounds for row in rows),
+            )
+        )
+    return merged
+
+
+def summary(results: Sequence[Result], peaks: Peaks) -> str:
+    """One line for each (op, group): ours against the fastest peer of each row."""
+    lines = [["", "rows", "mean", "lowest", "highest", "of floor"]]
+    means = geometric_means(results)
+    for op, group in dict.fromkeys((r.op, r.group) for r in results if r.ratio):
+        rows = [r for r in results if (r.op, r.group) == (op, group) and r.ratio]
+        ratios = sorted(r.ratio[r.fastest_peer] for r in rows)
+        shares = statistics.median(share_of_floor(r, peaks) for r in rows)
+        numbers = (means[op, group][_FASTEST], ratios[0], ratios[-1])
+        lines.append(
+            [f"{op} {group}", str(len(rows)), *(f"{n:.2f}x" for n in numbers), f"{shares:.0%}"]
+        )
+    return "against the fastest peer of each row\n" + aligned(lines)
+
+
 def table(results: Sequence[Result], peaks: Peaks) -> str:
     """One block for each (op, group): its rows, then its geometric means."""
     means = geometric_means(results)
@@ -50,7 +96,7 @@ def table(results: Sequence[Result], peaks: Peaks) -> str:
         title = f"{op} {group}"
         if _FASTEST in of_group:
             title += f": {of_group[_FASTEST]:.2f}x the fastest peer of each row"
-        blocks.append(title + "\n" + _aligned(lines))
+        blocks.append(title + "\n" + aligned(lines))
         for row in rows:
             blocks += [f"  WRONG {name} in {row.name}: {why}" for name, why in row.wrong.items()]
     return "\n\n".join(blocks)
@@ -72,7 +118,7 @@ def _cells(result: Result, peers: Sequence[str], peaks: Peaks) -> list[str]:
     return [result.name, *ratios, f"{share_of_floor(result, peaks):.0%}", peak]
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def aligned(lines: list[list[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  "
@@ -85,8 +131,9 @@ def _aligned(lines: list[list[str]]) -> str:
 
 
 def heading(machine: dict[str, str | int], peaks: Peaks) -> str:
+    runs = f", medians of {machine['runs']} runs" if "runs" in machine else ""
     return (
-        f"{machine['processor']}, {machine['threads']} threads, "
+        f"{machine['processor']}, {machine['threads']} threads{runs}, "
         f"{machine['instruction_set']} kernels, torch {machine['torch']}\n"
         f"ceiling {peaks.flops / 1e9:.0f} GFLOP/s float32: {peaks.flops_source}; "
         f"best torch.mm {peaks.matmul_flops / 1e9:.0f} GFLOP/s; "

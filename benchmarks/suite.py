@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import machine
 import report
+import scaling
 import torch
 from harness import OURS, Case, Options, Result, run
 
@@ -33,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=Options.seconds, help="for each row")
     parser.add_argument("--compile", action="store_true", help="torch.compile'd peers too (slow)")
     parser.add_argument("--threads", type=int, help="threads for ours and the peers alike")
+    parser.add_argument("--repeat", type=int, default=1, help="so many separate runs, medians")
+    parser.add_argument("--scaling", action="store_true", help="time against sizes, no peers")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--plot", type=Path, help="draw the ratios there (needs matplotlib)")
 
@@ -41,14 +47,24 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyvit bench", description=__doc__)
     add_arguments(parser)
     asked = parser.parse_args(arguments)
-    if asked.threads:
-        torch.set_num_threads(asked.threads)
-    torch.manual_seed(0)
-    options = Options(quick=asked.quick, seconds=asked.seconds, compile=asked.compile)
-    cases = [c for c in collect(asked.only or ops(), options) if asked.match in c.id]
-    results, peaks = run_all(cases, options)
-    described = machine.describe()
-    print(report.heading(described, peaks), report.table(results, peaks), sep="\n\n")
+    if asked.scaling:
+        return scale(asked)
+    if asked.repeat > 1:
+        results, described, peaks = repeat(arguments, asked.repeat)
+    else:
+        if asked.threads:
+            torch.set_num_threads(asked.threads)
+        torch.manual_seed(0)
+        options = Options(quick=asked.quick, seconds=asked.seconds, compile=asked.compile)
+        cases = [c for c in collect(asked.only or ops(), options) if asked.match in c.id]
+        results, peaks = run_all(cases, options)
+        described = machine.describe()
+    print(
+        report.heading(described, peaks),
+        report.table(results, peaks),
+        report.summary(results, peaks),
+        sep="\n\n",
+    )
     if asked.quick:
         print("\na quick run: it shows that everything runs and agrees, and measures nothing")
     if asked.json:
@@ -56,6 +72,41 @@ def main(arguments: list[str]) -> int:
     if asked.plot:
         report.plot(asked.plot, results, described)
     return 1 if any(OURS in result.wrong for result in results) else 0
+
+
+def scale(asked: argparse.Namespace) -> int:
+    """The sweeps of scaling.py with one thread and with all (or as many as --threads says)."""
+    threads = sorted({1, asked.threads or torch.get_num_threads()})
+    curves = scaling.run(scaling.sweeps(asked.quick), threads, 0.0 if asked.quick else 0.2)
+    described = machine.describe()
+    print(f"{described['processor']}, {described['instruction_set']} kernels")
+    print(report.aligned(scaling.table(curves)))
+    if asked.json:
+        scaling.write_json(asked.json, curves, described)
+    if asked.plot:
+        scaling.plot(asked.plot, curves, described)
+    return 0
+
+
+def repeat(
+    arguments: list[str], times: int
+) -> tuple[list[Result], dict[str, str | int], machine.Peaks]:
+    """The medians of several runs, each a process of its own; the higher of each ceiling."""
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.json"
+        for number in range(1, times + 1):
+            print(f"run {number} of {times}", file=sys.stderr)
+            own = ["--repeat", "1", "--json", str(file)]  # the last of an option counts
+            command = [sys.executable, "-m", "pyvit", "bench", *arguments, *own]
+            done = subprocess.run(command, stdout=subprocess.DEVNULL)
+            if not file.exists():
+                raise SystemExit(f"run {number} stopped with exit status {done.returncode}")
+            runs.append(report.read_json(file))
+            file.unlink()
+    results = report.medians([rows for rows, _, _ in runs])
+    described = {**runs[-1][1], "runs": times}
+    return results, described, functools.reduce(machine.Peaks.best_with, [p for *_, p in runs])
 
 
 def run_all(cases: list[Case], options: Options) -> tuple[list[Result], machine.Peaks]:
