@@ -68,8 +68,8 @@ def asked_for(ctx) -> tuple[bool, ...]:
     ``torch.autograd.grad(loss, image)`` drops what it gets for them (pytorch#56500): the attack
     loops of other libraries would pay for weight gradients that no one reads.
     """
-    if torch.compiler.is_compiling():
-        return ctx.needs_input_grad
+    if sum(ctx.needs_input_grad) == 1 or torch.compiler.is_compiling():
+        return ctx.needs_input_grad  # a single one is the reason for this call
     # Tensors alone have a place among the next functions, a node those that need a gradient.
     nodes = iter([node for node, _ in ctx.next_functions if node is not None])
     return tuple(needed and _will_run(next(nodes)) for needed in ctx.needs_input_grad)
