@@ -8,6 +8,7 @@
 #include "conv2d.h"
 
 #include "conv2d_band.h"
+#include "conv2d_depthwise.h"
 #include "conv2d_scatter.h"
 #include "gather.h"
 #include "gemm.h"
@@ -135,12 +136,19 @@ void run(Phases<S> phases, const int64_t kernel[2]) {
 }  // namespace
 
 void conv2d(DType dtype, const Conv2dShape& shape, View4 x, View4 w, const void* bias, View4 y) {
-  dispatch(dtype, [&](auto s) { run(forward_phases<decltype(s)>(shape, x, w, bias, y), shape.kernel); });
+  dispatch(dtype, [&](auto s) {
+    const auto phases = forward_phases<decltype(s)>(shape, x, w, bias, y);
+    if (!conv2d_depthwise(phases, shape.kernel)) run(phases, shape.kernel);
+  });
 }
 
 void conv2d_input_grad(DType dtype, const Conv2dShape& shape, View4 dy, View4 w, View4 dx) {
-  if (scatter_is_cheaper(shape)) return conv2d_input_grad_scatter(dtype, shape, dy, w, dx);
-  dispatch(dtype, [&](auto s) { run(input_grad_phases<decltype(s)>(shape, dy, w, dx), shape.kernel); });
+  dispatch(dtype, [&](auto s) {
+    const auto phases = input_grad_phases<decltype(s)>(shape, dy, w, dx);
+    if (conv2d_depthwise(phases, shape.kernel)) return;
+    if (scatter_is_cheaper(shape)) return conv2d_input_grad_scatter(dtype, shape, dy, w, dx);
+    run(phases, shape.kernel);
+  });
 }
 
 }  // namespace pyvit

@@ -1,0 +1,489 @@
+// Convolution (forward, or the phases of an input gradient) of groups with few channels: depth-wise
+// layers, their multipliers, ResNeXt's groups of four.
+//
+// A vector's lanes are destination channels of several groups, and each lane meets the source
+// channels of its own group, one slot after the other. A task owns such a vector and a box of the
+// destination. It copies the source's part under the box into a band that has the slots in their
+// lanes (lane_band.h) and multiplies windows of it (lane_kernel.h). The memory layouts of source
+// and destination matter to the copies alone.
+//
+// Rows outside the image are skipped, columns outside are zeros in the band. Sums run over (slot,
+// row tap, column tap) in chains whose length depends on the kernel and the image alone.
+#include "conv2d_depthwise.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "lane_band.h"
+#include "lane_kernel.h"
+#include "parallel.h"
+
+namespace pyvit {
+namespace {
+
+constexpr int64_t kChainLength = 384;        // longest sum in registers, about
+constexpr int64_t kBandBytes = 256 << 10;
+constexpr int64_t kMostBandBytes = 384 << 10;
+constexpr int64_t kPanelBytes = 384 << 10;   // packed weights of one task
+constexpr int64_t kMostBlocks = 8;           // vectors of lanes of one task
+constexpr int64_t kRowsOfSpan = 4;           // rows of a box for each row that its neighbour repeats
+
+// The taps of one phase on one axis, in ascending order of their offsets, which are equally spaced.
+struct TapAxis {
+  int64_t count, first, spacing;
+
+  explicit TapAxis(const std::vector<Tap>& taps) : count(taps.size()), first(0), spacing(1) {
+    if (count == 0) return;
+    first = std::min(taps.front().offset, taps.back().offset);
+    if (count > 1) spacing = std::abs(taps[1].offset - taps[0].offset);
+  }
+  int64_t place(const Tap& tap) const { return (tap.offset - first) / spacing; }
+  // The taps that lead from one of the source positions [low, high] into [0, size).
+  Span reaching(int64_t low, int64_t high, int64_t size) const {
+    const int64_t begin = high + first >= 0 ? 0 : ceil_div(-high - first, spacing);
+    const int64_t end = low + first >= size ? 0 : (size - 1 - low - first) / spacing + 1;
+    return {begin, std::max(begin, std::min(count, end))};
+  }
+};
+
+// One axis of a box of the destination, and of the band under it.
+struct LaneAxis {
+  int64_t extent;  // destination pixels of a box, a multiple of phase_step
+  int64_t size, source_size, phase_step, step;
+  int64_t first, last;  // least and greatest offset
+
+  int64_t boxes() const { return ceil_div(size, extent); }
+  int64_t count(int64_t begin) const { return std::min(extent, size - begin); }
+  void cut(int64_t parts) { extent = round_up(ceil_div(size, parts), phase_step); }
+  // Source positions under the destination pixels [begin, begin + pixels), before any tap.
+  Span positions(int64_t begin, int64_t pixels) const {
+    const int64_t low = begin / phase_step;
+    return {low * step, (low + ceil_div(pixels, phase_step) - 1) * step};
+  }
+};
+
+template <class S>
+struct LanePlan {
+  using T = Compute<S>;
+  static constexpr int64_t L = kLanes<T>;
+  const Phases<S>& phases;
+  std::vector<TapAxis> taps[2];  // of each phase
+  LaneAxis rows, columns;
+  int64_t channels, per_group, slots, taps_in_all = 0;
+  int64_t blocks, blocks_per_task = 1;
+  bool possible = false;
+
+  explicit LanePlan(const Phases<S>& phases_);
+
+  const Gather<S>& any() const { return phases.list[0]; }
+  LaneBlock<T> block(int64_t index) const {
+    return LaneBlock<T>(index * L, channels, per_group, slots);
+  }
+  int64_t band_rows(int64_t pixels) const {
+    const int64_t reach = rows.positions(0, pixels).end + rows.last - rows.first + 1;
+    return std::min(rows.source_size, reach);
+  }
+  // Columns outside the image are in the band, but for taps that only meet such columns.
+  int64_t band_columns(int64_t pixels) const {
+    const int64_t last = columns.positions(0, pixels).end;
+    return std::min(last + columns.last - columns.first + 1, 2 * last + columns.source_size);
+  }
+  int64_t band_elements() const {
+    return blocks_per_task * slots * band_rows(rows.extent) * band_columns(columns.extent) * L;
+  }
+  int64_t panel_elements() const { return slots * taps_in_all * L; }  // of one block
+  int64_t box_pixels() const { return rows.extent * columns.extent; }
+  int64_t boxes() const { return any().batch * rows.boxes() * columns.boxes(); }
+  int64_t tasks() const { return ceil_div(blocks, blocks_per_task) * boxes(); }
+  int64_t scratch_bytes() const {
+    return Scratch::bytes_for<T>(round_up(panel_elements(), L * L)) +
+           Scratch::bytes_for<T>(blocks_per_task * panel_elements()) +
+           Scratch::bytes_for<T>(band_elements()) +
+           Scratch::bytes_for<T>(box_pixels() * L) +
+           Scratch::bytes_for<T>(blocks_per_task * L);
+  }
+
+ private:
+  bool few_channels() const;
+  void plan_axis(LaneAxis& axis, int index);
+  void plan_boxes();
+};
+
+template <class S>
+LanePlan<S>::LanePlan(const Phases<S>& phases_) : phases(phases_) {
+  per_group = any().destination.channels;
+  channels = any().groups * per_group;
+  slots = any().source.channels;
+  blocks = ceil_div(channels, L);
+  if (!few_channels()) return;
+  for (const Gather<S>& phase : phases.list) {
+    for (int axis = 0; axis < 2; ++axis) taps[axis].emplace_back(phase.source.taps[axis]);
+    taps_in_all += taps[0].back().count * taps[1].back().count;
+  }
+  if (panel_elements() * static_cast<int64_t>(sizeof(T)) > kPanelBytes) return;
+  plan_axis(rows, 0);
+  plan_axis(columns, 1);
+  plan_boxes();
+}
+
+// Whether lanes of several groups are fuller than those of one.
+template <class S>
+bool LanePlan<S>::few_channels() const {
+  const int64_t groups_of_block =
+      std::min(any().groups, L / per_group + (L % per_group == 0 ? 0 : 2));
+  return any().groups > 1 && 2 * per_group <= L && channels >= L / 4 &&
+         groups_of_block * slots <= kMostLaneSources * L;
+}
+
+template <class S>
+void LanePlan<S>::plan_axis(LaneAxis& axis, int index) {
+  const PatchSource<S>& source = any().source;
+  axis = {0,
+          phases.size[index],
+          index == 0 ? source.height : source.width,
+          phases.stride[index],
+          source.step[index],
+          INT64_MAX,
+          INT64_MIN};
+  for (const TapAxis& of_phase : taps[index]) {
+    if (of_phase.count == 0) continue;
+    axis.first = std::min(axis.first, of_phase.first);
+    axis.last = std::max(axis.last, of_phase.first + (of_phase.count - 1) * of_phase.spacing);
+  }
+  if (axis.first > axis.last) axis.first = axis.last = 0;
+  axis.cut(1);
+}
+
+template <class S>
+void LanePlan<S>::plan_boxes() {
+  const int64_t element = sizeof(T), least_rows = rows.phase_step;
+  auto bytes = [&](int64_t r) {
+    const int64_t band = blocks_per_task * slots * band_rows(r) * band_columns(columns.extent);
+    return (band + r * columns.extent) * L * element;
+  };
+  // With channels side by side, what several vectors of lanes read and write is one run.
+  if (any().source.stride[1] == 1 || any().destination.stride[1] == 1) {
+    const int64_t most = std::min<int64_t>(
+        kMostBlocks, std::max<int64_t>(1, kPanelBytes / element / panel_elements()));
+    blocks_per_task = ceil_div(blocks, ceil_div(blocks, most));
+    while (blocks_per_task > 1 && bytes(4 * least_rows) > kMostBandBytes)
+      blocks_per_task = ceil_div(blocks_per_task, 2);
+  }
+  const int64_t narrowest = 2 * LaneTile<T>::pixels * columns.phase_step;
+  for (int64_t parts = 2; bytes(4 * least_rows) > kMostBandBytes && columns.extent > narrowest;
+       ++parts)
+    columns.cut(parts);
+  if (bytes(least_rows) > kMostBandBytes) return;
+  // Rows enough that few of the band are packed a second time for the next box.
+  const int64_t wanted = kRowsOfSpan * (rows.last - rows.first) * rows.phase_step / rows.step;
+  int64_t r = least_rows;
+  while (r < rows.size && bytes(r + least_rows) <= (r < wanted ? kMostBandBytes : kBandBytes))
+    r += least_rows;
+  rows.cut(ceil_div(rows.size, r));
+  while (tasks() < 2 * thread_count() && rows.extent > 4 * least_rows) rows.cut(2 * rows.boxes());
+  while (tasks() < 2 * thread_count() && blocks_per_task > 1)
+    blocks_per_task = ceil_div(blocks_per_task, 2);
+  possible = scratch_bytes() <= kScratchLimit;
+}
+
+// What one thread needs for its tasks.
+template <class S>
+class LaneWorker {
+  using T = Compute<S>;
+  static constexpr int64_t L = kLanes<T>;
+
+ public:
+  LaneWorker(const LanePlan<S>& plan, const int64_t kernel[2])
+      : plan_(plan),
+        kernel_columns_(kernel[1]),
+        most_rows_(std::max<int64_t>(1, kChainLength / kernel[1])) {
+    Scratch scratch(plan.scratch_bytes());
+    panel_ = scratch.take<T>(plan.blocks_per_task * plan.panel_elements());
+    kernels_ = scratch.take<T>(round_up(plan.panel_elements(), L * L));
+    band_ = scratch.take<T>(plan.band_elements());
+    sums_ = scratch.take<T>(plan.box_pixels() * L);
+    bias_ = scratch.take<T>(plan.blocks_per_task * L);
+    find_places(kernel);
+  }
+
+  void run(int64_t task) {
+    const int64_t group = task / plan_.boxes(), box = task % plan_.boxes();
+    if (group != group_) enter(group);
+    const LaneAxis &down = plan_.rows, &across = plan_.columns;
+    const int64_t column = box % across.boxes() * across.extent;
+    const int64_t row = box / across.boxes() % down.boxes() * down.extent;
+    const bool same_columns = column == box_.column;
+    box_ = {box / across.boxes() / down.boxes(), row, down.count(row), column,
+            across.count(column)};
+    if (!same_columns) enter_columns();
+    pack();
+    for (block_ = 0; block_ < static_cast<int64_t>(blocks_.size()); ++block_) {
+      for (size_t p = 0; p < plan_.phases.list.size(); ++p) multiply(p);
+      if (!direct()) finish();
+    }
+  }
+
+ private:
+  // Where tap (row, column) of the kernel stands in the panel, for slot 0 and in vectors; what
+  // another slot adds; -1 where no destination pixel uses it.
+  struct Place {
+    int64_t first = -1, slot_stride = 0;
+  };
+
+  void find_places(const int64_t kernel[2]) {
+    places_.resize(kernel[0] * kernel[1]);
+    int64_t begin = 0;
+    for (size_t p = 0; p < plan_.phases.list.size(); ++p) {
+      const auto& taps = plan_.phases.list[p].source.taps;
+      const TapAxis &down = plan_.taps[0][p], &across = plan_.taps[1][p];
+      first_place_.push_back(begin);
+      for (const Tap& i : taps[0])
+        for (const Tap& j : taps[1])
+          places_[i.kernel * kernel_columns_ + j.kernel] = {
+              begin + down.place(i) * across.count + across.place(j), down.count * across.count};
+      begin += plan_.slots * down.count * across.count;
+    }
+  }
+
+  void enter(int64_t group) {
+    group_ = group;
+    const int64_t first = group * plan_.blocks_per_task;
+    const int64_t last = std::min(plan_.blocks, first + plan_.blocks_per_task);
+    blocks_.clear();
+    std::fill(bias_, bias_ + plan_.blocks_per_task * L, T(0));
+    for (int64_t b = first; b < last; ++b) {
+      blocks_.push_back(plan_.block(b));
+      const LaneBlock<T>& block = blocks_.back();
+      if (plan_.any().bias != nullptr)
+        widen_run(bias_ + (b - first) * L, plan_.any().bias + block.first, block.count);
+      pack_panel(block, panel_ + (b - first) * plan_.panel_elements());
+    }
+  }
+
+  // Whether sums go straight to the destination.
+  bool direct() const {
+    return std::is_same_v<S, T> && plan_.any().destination.stride[1] == 1 &&
+           blocks_[block_].count == L;
+  }
+
+  // Runs of a box's columns: what each reads and which taps reach the image from it.
+  struct Segment {
+    int64_t at, count;
+    int64_t window;  // of its first tap from the band's row
+    Span taps;
+  };
+
+  void enter_columns() {
+    const LaneAxis& across = plan_.columns;
+    const Span positions = across.positions(box_.column, box_.columns);
+    // Neither end needs columns that only taps beside the image would meet.
+    const int64_t spread = positions.end - positions.begin;
+    first_column_ = std::max(positions.begin + across.first, -spread);
+    const int64_t end = std::min(positions.end + across.last + 1, across.source_size + spread);
+    band_columns_ = std::max<int64_t>(1, end - first_column_);
+    const int64_t phases_across = std::min(across.phase_step, across.size);
+    segments_.resize(phases_across);
+    for (int64_t p = 0; p < phases_across; ++p) {
+      const TapAxis& taps = plan_.taps[1][p];
+      const int64_t columns = ceil_div(box_.columns - p, across.phase_step);
+      const int64_t parts = ceil_div(columns, LaneTile<T>::pixels);
+      segments_[p].clear();
+      for (int64_t part = 0, at = 0; part < parts; ++part) {
+        const int64_t count = (columns - at) / (parts - part);
+        const int64_t w = positions.begin + at * across.step;
+        const Span reaching =
+            taps.reaching(w, w + (count - 1) * across.step, across.source_size);
+        const int64_t window = w + taps.first + reaching.begin * taps.spacing - first_column_;
+        segments_[p].push_back({at, count, window * L, reaching});
+        at += count;
+      }
+    }
+  }
+
+  // Each lane's kernels as a row, then all of them transposed and put where the sums want them.
+  void pack_panel(const LaneBlock<T>& block, T* panel) {
+    const int64_t taps = places_.size(), length = plan_.slots * taps;
+    const Gather<S>& g = plan_.any();
+    const int64_t* stride = g.weights.stride;
+    const bool run = stride[3] == 1 && stride[2] == kernel_columns_;
+    if (block.count < L) std::fill(kernels_, kernels_ + length * L, T(0));
+    for (int64_t l = 0; l < block.count; ++l) {
+      const int64_t channel = block.first + l;
+      const S* of_lane = g.weights.data + channel / plan_.per_group * g.group_stride +
+                         channel % plan_.per_group * stride[0];
+      T* to = kernels_ + l * length;
+      for (int64_t s = 0; s < plan_.slots; ++s, of_lane += stride[1], to += taps) {
+        if (run) {
+          widen_run(to, of_lane, taps);
+          continue;
+        }
+        for (int64_t t = 0; t < taps; ++t)
+          to[t] = widen(
+              of_lane[t / kernel_columns_ * stride[2] + t % kernel_columns_ * stride[3]]);
+      }
+    }
+    T turned[L * L];
+    int64_t slot = 0, tap = 0;
+    for (int64_t e = 0; e < length; e += L) {
+      const int64_t count = std::min(L, length - e);
+      transpose(turned, L, kernels_ + e, length, 1, L, count);
+      for (int64_t i = 0; i < count; ++i) {
+        const Place& place = places_[tap];
+        if (place.first >= 0)
+          store(panel + (place.first + slot * place.slot_stride) * L, load(turned + i * L));
+        if (++tap == taps) tap = 0, ++slot;
+      }
+    }
+  }
+
+  // The band of the present box: its rows inside the image, its columns with zeros around them.
+  void pack() {
+    const PatchSource<S>& source = plan_.any().source;
+    const LaneAxis& down = plan_.rows;
+    const Span rows = down.positions(box_.row, box_.rows);
+    first_row_ = std::max<int64_t>(0, rows.begin + down.first);
+    const int64_t row_count = std::min(source.height, rows.end + down.last + 1) - first_row_;
+    const int64_t left = std::max<int64_t>(0, -first_column_);
+    const int64_t right = std::min(band_columns_, source.width - first_column_);
+    row_stride_ = band_columns_ * L;
+    slot_stride_ = std::max<int64_t>(0, row_count) * row_stride_;
+    block_stride_ = plan_.slots * slot_stride_;
+    T* const end = band_ + blocks_.size() * block_stride_;
+    if (left > 0 || right < band_columns_) {
+      for (T* row = band_; row < end; row += row_stride_) {
+        std::fill(row, row + std::min(left, band_columns_) * L, T(0));
+        if (right < band_columns_)
+          std::fill(row + std::max<int64_t>(0, right) * L, row + row_stride_, T(0));
+      }
+    }
+    if (right <= left || row_count <= 0) return;
+    const LaneBox box{box_.image, first_row_, row_count, first_column_ + left, right - left};
+    const LaneBand<T> band{band_ + left * L, block_stride_, slot_stride_, row_stride_};
+    if (source.stride[1] == 1)
+      return pack_lanes_last(band, source, blocks_.data(), blocks_.size(), box);
+    for (size_t b = 0; b < blocks_.size(); ++b)
+      pack_lanes_planar({band.data + b * block_stride_, 0, slot_stride_, row_stride_}, source,
+                        blocks_[b], box);
+  }
+
+  void multiply(size_t p) {
+    const Gather<S>& phase = plan_.phases.list[p];
+    const LaneAxis &down = plan_.rows, &across = plan_.columns;
+    const TapAxis &tap_rows = plan_.taps[0][p], &tap_columns = plan_.taps[1][p];
+    const int64_t phases_across = segments_.size();
+    const int64_t residue[2] = {static_cast<int64_t>(p) / phases_across,
+                                static_cast<int64_t>(p) % phases_across};
+    const int64_t rows = ceil_div(box_.rows - residue[0], down.phase_step);
+    typename LaneTile<T>::Arguments tile;
+    tile.pitch = across.step * L;
+    tile.slot_stride = slot_stride_;
+    tile.row_stride = tap_rows.spacing * row_stride_;
+    tile.tap_stride = tap_columns.spacing * L;
+    tile.weight_row_stride = tap_columns.count * L;
+    tile.weight_slot_stride = tap_rows.count * tile.weight_row_stride;
+    T* corner;
+    int64_t row_pitch;
+    if (direct()) {
+      const Destination<S>& d = phase.destination;
+      corner = reinterpret_cast<T*>(d.data) + box_.image * d.stride[0] + blocks_[block_].first +
+               box_.row / down.phase_step * d.stride[2] +
+               box_.column / across.phase_step * d.stride[3];
+      row_pitch = d.stride[2];
+      tile.c_pitch = d.stride[3];
+    } else {
+      corner = sums_ + (residue[0] * box_.columns + residue[1]) * L;
+      row_pitch = down.phase_step * box_.columns * L;
+      tile.c_pitch = across.phase_step * L;
+    }
+    const T* band = band_ + block_ * block_stride_;
+    const T* weights = panel_ + block_ * plan_.panel_elements() + first_place_[p] * L;
+    int64_t h = down.positions(box_.row, 1).begin;
+    for (int64_t r = 0; r < rows; ++r, h += down.step, corner += row_pitch) {
+      const Span i = tap_rows.reaching(h, h, down.source_size);
+      const int64_t row = h + tap_rows.first + i.begin * tap_rows.spacing - first_row_;
+      for (const Segment& segment : segments_[residue[1]]) {
+        tile.taps = segment.taps.end - segment.taps.begin;
+        tile.a = band + row * row_stride_ + segment.window;
+        tile.weights = weights + i.begin * tile.weight_row_stride + segment.taps.begin * L;
+        tile.c = corner + segment.at * tile.c_pitch;
+        sum_chains(segment.count, i.end - i.begin, tile);
+      }
+    }
+  }
+
+  void sum_chains(int64_t pixels, int64_t rows, typename LaneTile<T>::Arguments& tile) const {
+    tile.base = bias_ + block_ * L;
+    tile.base_pitch = 0;
+    if (rows * plan_.slots <= most_rows_) {
+      tile.slots = plan_.slots, tile.rows = rows;
+      return run_lane_kernel<T>(pixels, tile);
+    }
+    const T *a = tile.a, *weights = tile.weights;
+    const int64_t row_chain = std::min(rows, most_rows_);
+    const int64_t slot_chain = row_chain < rows ? 1 : most_rows_ / row_chain;
+    for (int64_t s = 0; s < plan_.slots; s += slot_chain) {
+      tile.slots = std::min(slot_chain, plan_.slots - s);
+      for (int64_t i = 0; i < rows; i += row_chain) {
+        tile.rows = std::min(row_chain, rows - i);
+        tile.a = a + s * tile.slot_stride + i * tile.row_stride;
+        tile.weights = weights + s * tile.weight_slot_stride + i * tile.weight_row_stride;
+        run_lane_kernel<T>(pixels, tile);
+        tile.base = tile.c;
+        tile.base_pitch = tile.c_pitch;
+      }
+    }
+  }
+
+  // Finished sums of the box to the destination.
+  void finish() const {
+    const LaneBlock<T>& block = blocks_[block_];
+    const Destination<S>& phase = plan_.any().destination;
+    const int64_t row_stride = phase.stride[2] / plan_.rows.phase_step;
+    const int64_t column_stride = phase.stride[3] / plan_.columns.phase_step;
+    S* out = phase.data + box_.image * phase.stride[0] + block.first * phase.stride[1] +
+             box_.row * row_stride + box_.column * column_stride;
+    int64_t rows = box_.rows, columns = box_.columns;
+    if (row_stride == columns * column_stride) columns *= rows, rows = 1;
+    const T* from = sums_;
+    for (int64_t r = 0; r < rows; ++r, out += row_stride, from += columns * L) {
+      if (phase.stride[1] == 1) {
+        for (int64_t w = 0; w < columns; ++w)
+          narrow_run(out + w * column_stride, from + w * L, block.count);
+      } else {
+        store_lanes_planar(out, phase.stride[1], column_stride, from, columns, block.count);
+      }
+    }
+  }
+
+  const LanePlan<S>& plan_;
+  const int64_t kernel_columns_, most_rows_;  // of the kernel in one chain
+  std::vector<Place> places_;
+  std::vector<int64_t> first_place_;  // of each phase
+  T *panel_, *kernels_, *band_, *sums_, *bias_;
+  int64_t group_ = -1, block_ = 0;
+  std::vector<LaneBlock<T>> blocks_;
+  std::vector<std::vector<Segment>> segments_;  // of each column residue
+  LaneBox box_{0, 0, 0, -1, 0};                 // of the destination
+  int64_t first_row_ = 0, first_column_ = 0, band_columns_ = 0;  // of the band
+  int64_t row_stride_ = 0, slot_stride_ = 0, block_stride_ = 0;
+};
+
+}  // namespace
+
+template <class S>
+bool conv2d_depthwise(const Phases<S>& phases, const int64_t kernel[2]) {
+  const LanePlan<S> plan(phases);
+  if (!plan.possible) return false;
+  parallel_ranges(plan.tasks(), [&](int64_t begin, int64_t end) {
+    LaneWorker<S> worker(plan, kernel);
+    for (int64_t task = begin; task < end; ++task) worker.run(task);
+  });
+  return true;
+}
+
+template bool conv2d_depthwise(const Phases<double>&, const int64_t[2]);
+template bool conv2d_depthwise(const Phases<float>&, const int64_t[2]);
+template bool conv2d_depthwise(const Phases<bfloat16>&, const int64_t[2]);
+template bool conv2d_depthwise(const Phases<float16>&, const int64_t[2]);
+
+}  // namespace pyvit
