@@ -68,9 +68,7 @@ def test_as_accurate_as_torch(shape, dtype, memory_format):
     theirs = result_and_image_gradient(F.conv2d, *arguments, geometry, grad)
     ours = result_and_image_gradient(conv2d, *arguments, geometry, grad)
     if dtype is torch.float64:
-        sizes = result_and_image_gradient(
-            F.conv2d, *(a.abs() for a in exact), geometry, grad.abs()
-        )
+        sizes = result_and_image_gradient(F.conv2d, *(a.abs() for a in exact), geometry, grad.abs())
         terms = max(exact[1][0].numel(), exact[1][:, 0].numel())
         for name, *values in zip(("y", "dx"), ours, truth, sizes, strict=True):
             assert_within_rounding(*values, terms, name)

@@ -10,6 +10,8 @@
 
 namespace pyvit {
 
+// How far ahead memory is fetched: strips of a row are too short for the hardware to guess.
+constexpr int64_t kPixelsAhead = 16, kVectorsAhead = 4;
 constexpr int64_t kMostLaneSources = 16;  // vectors of source channels under a vector of lanes
 
 // The lanes of one vector: destination channels [first, first + count) of all groups together.
@@ -103,6 +105,7 @@ void pack_lanes_last(const LaneBand<T>& band, const PatchSource<S>& source,
       T* of_block = to;
       for (int64_t b = 0; b < block_count; ++b, of_block += band.block_stride) {
         const S* channels = from + blocks[b].source;
+        __builtin_prefetch(channels + kPixelsAhead * source.stride[3]);
         if constexpr (std::is_same_v<S, T>) {
           if (whole) {
             store(of_block, load(channels));
@@ -136,6 +139,8 @@ void pack_lanes_planar(const LaneBand<T>& band, const PatchSource<S>& source,
   for (int64_t r = 0; r < (joined ? 1 : box.rows); ++r, corner += source.stride[2]) {
     for_each_piece<L>(length, [&](int64_t at, int64_t count) {
       const S* from = corner + at * source.stride[3];
+      for (int64_t c = 0; c < block.sources; ++c)  // each plane is a stream of its own
+        __builtin_prefetch(from + c * source.stride[1] + kVectorsAhead * L * source.stride[3]);
       if (block.straight && !joined) {
         transpose(band.data + r * band.row_stride + at * L, L, from, source.stride[1],
                   source.stride[3], block.count, count);
@@ -163,6 +168,8 @@ void store_lanes_planar(S* out, int64_t channel_stride, int64_t column_stride, c
   constexpr int64_t L = kLanes<T>;
   for_each_piece<L>(pixels, [&](int64_t at, int64_t count) {
     S* to = out + at * column_stride;
+    for (int64_t c = 0; c < lanes; ++c)
+      __builtin_prefetch(to + c * channel_stride + kVectorsAhead * L * column_stride, 1);
     if constexpr (std::is_same_v<S, T>) {
       if (column_stride == 1)
         return transpose(to, channel_stride, from + at * L, L, 1, count, lanes);
