@@ -37,8 +37,8 @@ struct LaneBlock {
   }
 };
 
-// dst[s · slot_stride + lane] = pixel[place[lane] + s]. Where the pixel's channels fit in a vector,
-// `pixel` must have a whole one to read.
+// dst[s · slot_stride + lane] = pixel[place[lane] + s]; where the pixel's channels fit in a vector,
+// a whole one is read.
 template <class T>
 inline void spread_to_slots(T* dst, int64_t slot_stride, const T* pixel,
                             const LaneBlock<T>& block) {

@@ -1,5 +1,5 @@
-// C[pixel] = base + Σ_k A[pixel, k] · W[k] for a few pixels of one image row, lane by lane: each lane
-// is a destination channel of its own, and A holds in it what that channel reads (lane_band.h).
+// C[pixel] = base + Σ_k A[pixel, k] · W[k] for a few pixels of one image row, lane by lane: each
+// lane is a destination channel, and A holds in it what that channel reads (lane_band.h).
 // Where a group has few channels, no lane is idle, as it would be if a group were a matrix product.
 #pragma once
 

@@ -1,0 +1,178 @@
+// How a convolution of groups with few channels is cut into tasks (conv2d_depthwise.cpp).
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+#include "lane_band.h"
+#include "lane_kernel.h"
+#include "parallel.h"
+
+namespace pyvit {
+
+constexpr int64_t kLaneBandBytes = 256 << 10;      // where the rows of a box share little
+constexpr int64_t kMostLaneBandBytes = 384 << 10;
+constexpr int64_t kLanePanelBytes = 384 << 10;     // packed weights of one task
+constexpr int64_t kMostLaneBlocks = 8;             // vectors of lanes of one task
+constexpr int64_t kRowsOfSpan = 4;  // rows of a box for each row that its neighbour repeats
+
+// The taps of one phase on one axis, in ascending order of their offsets, which are equally spaced.
+struct TapAxis {
+  int64_t count, first, spacing;
+
+  explicit TapAxis(const std::vector<Tap>& taps) : count(taps.size()), first(0), spacing(1) {
+    if (count == 0) return;
+    first = std::min(taps.front().offset, taps.back().offset);
+    if (count > 1) spacing = std::abs(taps[1].offset - taps[0].offset);
+  }
+  int64_t place(const Tap& tap) const { return (tap.offset - first) / spacing; }
+  // The taps that lead from one of the source positions [low, high] into [0, size).
+  Span reaching(int64_t low, int64_t high, int64_t size) const {
+    const int64_t begin = high + first >= 0 ? 0 : ceil_div(-high - first, spacing);
+    const int64_t end = low + first >= size ? 0 : (size - 1 - low - first) / spacing + 1;
+    return {begin, std::max(begin, std::min(count, end))};
+  }
+};
+
+// One axis of a box of the destination, and of the band under it.
+struct LaneAxis {
+  int64_t extent;  // destination pixels of a box, a multiple of phase_step
+  int64_t size, source_size, phase_step, step;
+  int64_t first, last;  // least and greatest offset
+
+  int64_t boxes() const { return ceil_div(size, extent); }
+  int64_t count(int64_t begin) const { return std::min(extent, size - begin); }
+  void cut(int64_t parts) { extent = round_up(ceil_div(size, parts), phase_step); }
+  // Source positions under the destination pixels [begin, begin + pixels), before any tap.
+  Span positions(int64_t begin, int64_t pixels) const {
+    const int64_t low = begin / phase_step;
+    return {low * step, (low + ceil_div(pixels, phase_step) - 1) * step};
+  }
+};
+
+template <class S>
+struct LanePlan {
+  using T = Compute<S>;
+  static constexpr int64_t L = kLanes<T>;
+  const Phases<S>& phases;
+  std::vector<TapAxis> taps[2];  // of each phase
+  LaneAxis rows, columns;
+  int64_t channels, per_group, slots, taps_in_all = 0;
+  int64_t blocks, blocks_per_task = 1;
+  bool possible = false;
+
+  explicit LanePlan(const Phases<S>& phases_);
+
+  const Gather<S>& any() const { return phases.list[0]; }
+  LaneBlock<T> block(int64_t index) const {
+    return LaneBlock<T>(index * L, channels, per_group, slots);
+  }
+  int64_t band_rows(int64_t pixels) const {
+    const int64_t reach = rows.positions(0, pixels).end + rows.last - rows.first + 1;
+    return std::min(rows.source_size, reach);
+  }
+  // Columns outside the image are in the band, but for taps that only meet such columns.
+  int64_t band_columns(int64_t pixels) const {
+    const int64_t last = columns.positions(0, pixels).end;
+    return std::min(last + columns.last - columns.first + 1, 2 * last + columns.source_size);
+  }
+  int64_t band_elements() const {
+    return blocks_per_task * slots * band_rows(rows.extent) * band_columns(columns.extent) * L;
+  }
+  int64_t panel_elements() const { return slots * taps_in_all * L; }  // of one block
+  int64_t box_pixels() const { return rows.extent * columns.extent; }
+  int64_t boxes() const { return any().batch * rows.boxes() * columns.boxes(); }
+  int64_t tasks() const { return ceil_div(blocks, blocks_per_task) * boxes(); }
+  int64_t scratch_bytes() const {
+    return Scratch::bytes_for<T>(round_up(panel_elements(), L * L)) +
+           Scratch::bytes_for<T>(blocks_per_task * panel_elements()) +
+           Scratch::bytes_for<T>(band_elements()) +
+           Scratch::bytes_for<T>(box_pixels() * L) +
+           Scratch::bytes_for<T>(blocks_per_task * L);
+  }
+
+ private:
+  bool few_channels() const;
+  void plan_axis(LaneAxis& axis, int index);
+  void plan_boxes();
+};
+
+template <class S>
+LanePlan<S>::LanePlan(const Phases<S>& phases_) : phases(phases_) {
+  per_group = any().destination.channels;
+  channels = any().groups * per_group;
+  slots = any().source.channels;
+  blocks = ceil_div(channels, L);
+  if (!few_channels()) return;
+  for (const Gather<S>& phase : phases.list) {
+    for (int axis = 0; axis < 2; ++axis) taps[axis].emplace_back(phase.source.taps[axis]);
+    taps_in_all += taps[0].back().count * taps[1].back().count;
+  }
+  if (panel_elements() * static_cast<int64_t>(sizeof(T)) > kLanePanelBytes) return;
+  plan_axis(rows, 0);
+  plan_axis(columns, 1);
+  plan_boxes();
+}
+
+// Whether lanes of several groups are fuller than those of one.
+template <class S>
+bool LanePlan<S>::few_channels() const {
+  const int64_t groups_of_block =
+      std::min(any().groups, L / per_group + (L % per_group == 0 ? 0 : 2));
+  return any().groups > 1 && 2 * per_group <= L && channels >= L / 4 &&
+         groups_of_block * slots <= kMostLaneSources * L;
+}
+
+template <class S>
+void LanePlan<S>::plan_axis(LaneAxis& axis, int index) {
+  const PatchSource<S>& source = any().source;
+  axis = {0,
+          phases.size[index],
+          index == 0 ? source.height : source.width,
+          phases.stride[index],
+          source.step[index],
+          INT64_MAX,
+          INT64_MIN};
+  for (const TapAxis& of_phase : taps[index]) {
+    if (of_phase.count == 0) continue;
+    axis.first = std::min(axis.first, of_phase.first);
+    axis.last = std::max(axis.last, of_phase.first + (of_phase.count - 1) * of_phase.spacing);
+  }
+  if (axis.first > axis.last) axis.first = axis.last = 0;
+  axis.cut(1);
+}
+
+template <class S>
+void LanePlan<S>::plan_boxes() {
+  const int64_t element = sizeof(T), least_rows = rows.phase_step;
+  auto bytes = [&](int64_t r) {
+    const int64_t band = blocks_per_task * slots * band_rows(r) * band_columns(columns.extent);
+    return (band + r * columns.extent) * L * element;
+  };
+  // With channels side by side, what several vectors of lanes read and write is one run.
+  if (any().source.stride[1] == 1 || any().destination.stride[1] == 1) {
+    const int64_t most = std::min<int64_t>(
+        kMostLaneBlocks, std::max<int64_t>(1, kLanePanelBytes / element / std::max<int64_t>(1, panel_elements())));
+    blocks_per_task = ceil_div(blocks, ceil_div(blocks, most));
+    while (blocks_per_task > 1 && bytes(4 * least_rows) > kMostLaneBandBytes)
+      blocks_per_task = ceil_div(blocks_per_task, 2);
+  }
+  const int64_t narrowest = 2 * LaneTile<T>::pixels * columns.phase_step;
+  for (int64_t parts = 2; bytes(4 * least_rows) > kMostLaneBandBytes && columns.extent > narrowest;
+       ++parts)
+    columns.cut(parts);
+  if (bytes(least_rows) > kMostLaneBandBytes) return;
+  // Rows enough that few of the band are packed a second time for the next box.
+  const int64_t wanted = kRowsOfSpan * (rows.last - rows.first) * rows.phase_step / rows.step;
+  int64_t r = least_rows;
+  while (r < rows.size && bytes(r + least_rows) <= (r < wanted ? kMostLaneBandBytes : kLaneBandBytes))
+    r += least_rows;
+  rows.cut(ceil_div(rows.size, r));
+  while (tasks() < 2 * thread_count() && rows.extent > 4 * least_rows) rows.cut(2 * rows.boxes());
+  while (tasks() < 2 * thread_count() && blocks_per_task > 1)
+    blocks_per_task = ceil_div(blocks_per_task, 2);
+  possible = scratch_bytes() <= kScratchLimit;
+}
+
+}  // namespace pyvit
