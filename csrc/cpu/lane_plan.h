@@ -152,8 +152,9 @@ void LanePlan<S>::plan_boxes() {
   };
   // With channels side by side, what several vectors of lanes read and write is one run.
   if (any().source.stride[1] == 1 || any().destination.stride[1] == 1) {
-    const int64_t most = std::min<int64_t>(
-        kMostLaneBlocks, std::max<int64_t>(1, kLanePanelBytes / element / std::max<int64_t>(1, panel_elements())));
+    const int64_t panel_bytes = std::max<int64_t>(1, panel_elements()) * element;
+    const int64_t most =
+        std::min(kMostLaneBlocks, std::max<int64_t>(1, kLanePanelBytes / panel_bytes));
     blocks_per_task = ceil_div(blocks, ceil_div(blocks, most));
     while (blocks_per_task > 1 && bytes(4 * least_rows) > kMostLaneBandBytes)
       blocks_per_task = ceil_div(blocks_per_task, 2);
@@ -166,8 +167,8 @@ void LanePlan<S>::plan_boxes() {
   // Rows enough that few of the band are packed a second time for the next box.
   const int64_t wanted = kRowsOfSpan * (rows.last - rows.first) * rows.phase_step / rows.step;
   int64_t r = least_rows;
-  while (r < rows.size && bytes(r + least_rows) <= (r < wanted ? kMostLaneBandBytes : kLaneBandBytes))
-    r += least_rows;
+  auto room = [&] { return r < wanted ? kMostLaneBandBytes : kLaneBandBytes; };
+  while (r < rows.size && bytes(r + least_rows) <= room()) r += least_rows;
   rows.cut(ceil_div(rows.size, r));
   while (tasks() < 2 * thread_count() && rows.extent > 4 * least_rows) rows.cut(2 * rows.boxes());
   while (tasks() < 2 * thread_count() && blocks_per_task > 1)
