@@ -37,6 +37,15 @@ SHAPES = {
     "blocks": (1, 4, 24, 24, 300, 3, 1, 1, 1, 1),
     "one-row": (2, 3, 1, 40, 4, (1, 5), 1, (0, 2), 1, 1),
     "dilated": (2, 4, 15, 15, 4, 3, 2, 4, 4, 1),
+    # Channels on the vector side, windows of a band: whole and partial strips, slices of channels,
+    # rows of the kernel outside the image, columns and channels cut into boxes, phases of a stride.
+    "strips": (2, 20, 13, 15, 36, 3, 1, 1, 1, 1),
+    "channel-slices": (2, 200, 9, 10, 40, 3, 1, 1, 1, 1),
+    "phases": (2, 24, 15, 16, 33, 5, (2, 3), 2, 1, 1),
+    "band-dilated": (1, 24, 20, 37, 50, 3, 2, 6, (3, 5), 1),
+    "band-groups": (2, 32, 9, 9, 48, 3, 1, 1, 1, 2),
+    "band-wide": (1, 40, 3, 700, 33, 3, 1, 1, 1, 1),
+    "pointwise-deep": (3, 800, 5, 1, 20, 1, 1, 0, 1, 1),
     # The image's gradient in several bands, the weight's in several partial sums.
     "large-image": (2, 3, 260, 230, 8, 7, 2, 3, 1, 1),
 }
@@ -47,7 +56,8 @@ def tensors(shape, dtype, memory_format=torch.contiguous_format):
     kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     x = torch.randn(batch, channels, height, width).to(dtype)
     weight = torch.randn(out, channels // groups, *kernel).to(dtype)
-    return x.contiguous(memory_format=memory_format), weight, torch.randn(out).to(dtype)
+    x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
+    return x, weight, torch.randn(out).to(dtype)
 
 
 def with_gradients(function, arguments, geometry, grad):
@@ -207,16 +217,22 @@ def test_nan_stays_where_it_is_read():
     x = torch.randn(3, 4, 9, 9)
     x[1, 2, 4, 4] = float("nan")
     for memory_format in FORMATS.values():
-        y = conv2d(x.contiguous(memory_format=memory_format), torch.randn(5, 4, 3, 3), padding=1)
-        expected = torch.zeros(3, 5, 9, 9, dtype=torch.bool)
-        expected[1, :, 3:6, 3:6] = True
-        assert torch.equal(y.isnan(), expected)
+        for out in (5, 40):
+            weight = torch.randn(out, 4, 3, 3)
+            y = conv2d(x.contiguous(memory_format=memory_format), weight, padding=1)
+            expected = torch.zeros(3, out, 9, 9, dtype=torch.bool)
+            expected[1, :, 3:6, 3:6] = True
+            assert torch.equal(y.isnan(), expected)
 
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
-    "shape", ["stem", "small-image", "strided-groups", "depthwise", "deep", "large-image"]
+    "shape",
+    [
+        *("stem", "small-image", "strided-groups", "depthwise", "deep", "large-image"),
+        *("strips", "channel-slices", "phases", "pointwise-deep"),
+    ],
 )
 def test_repeatable_and_batch_invariant(shape, memory_format):
     geometry = SHAPES[shape][6:]
