@@ -34,7 +34,7 @@ class LaneWorker {
         most_rows_(std::max<int64_t>(1, kChainLength / kernel[1])) {
     Scratch scratch(plan.scratch_bytes());
     panel_ = scratch.take<T>(plan.blocks_per_task * plan.panel_elements());
-    kernels_ = scratch.take<T>(round_up(plan.panel_elements(), L * L));
+    kernels_ = scratch.take<T>(plan.kernel_elements());
     band_ = scratch.take<T>(plan.band_elements());
     sums_ = scratch.take<T>(plan.box_pixels() * L);
     bias_ = scratch.take<T>(plan.blocks_per_task * L);
@@ -307,7 +307,7 @@ class LaneWorker {
 
 template <class S>
 bool conv2d_depthwise(const Phases<S>& phases, const int64_t kernel[2]) {
-  const LanePlan<S> plan(phases);
+  const LanePlan<S> plan(phases, kernel);
   if (!plan.possible) return false;
   parallel_ranges(plan.tasks(), [&](int64_t begin, int64_t end) {
     LaneWorker<S> worker(plan, kernel);

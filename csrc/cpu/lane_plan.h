@@ -56,13 +56,14 @@ struct LanePlan {
   using T = Compute<S>;
   static constexpr int64_t L = kLanes<T>;
   const Phases<S>& phases;
+  const int64_t kernel_taps;     // some of which no destination pixel may use
   std::vector<TapAxis> taps[2];  // of each phase
   LaneAxis rows, columns;
   int64_t channels, per_group, slots, taps_in_all = 0;
   int64_t blocks, blocks_per_task = 1;
   bool possible = false;
 
-  explicit LanePlan(const Phases<S>& phases_);
+  LanePlan(const Phases<S>& phases_, const int64_t kernel[2]);
 
   const Gather<S>& any() const { return phases.list[0]; }
   LaneBlock<T> block(int64_t index) const {
@@ -81,11 +82,12 @@ struct LanePlan {
     return blocks_per_task * slots * band_rows(rows.extent) * band_columns(columns.extent) * L;
   }
   int64_t panel_elements() const { return slots * taps_in_all * L; }  // of one block
+  int64_t kernel_elements() const { return slots * kernel_taps * L; }
   int64_t box_pixels() const { return rows.extent * columns.extent; }
   int64_t boxes() const { return any().batch * rows.boxes() * columns.boxes(); }
   int64_t tasks() const { return ceil_div(blocks, blocks_per_task) * boxes(); }
   int64_t scratch_bytes() const {
-    return Scratch::bytes_for<T>(round_up(panel_elements(), L * L)) +
+    return Scratch::bytes_for<T>(kernel_elements()) +
            Scratch::bytes_for<T>(blocks_per_task * panel_elements()) +
            Scratch::bytes_for<T>(band_elements()) +
            Scratch::bytes_for<T>(box_pixels() * L) +
@@ -99,7 +101,8 @@ struct LanePlan {
 };
 
 template <class S>
-LanePlan<S>::LanePlan(const Phases<S>& phases_) : phases(phases_) {
+LanePlan<S>::LanePlan(const Phases<S>& phases_, const int64_t kernel[2])
+    : phases(phases_), kernel_taps(kernel[0] * kernel[1]) {
   per_group = any().destination.channels;
   channels = any().groups * per_group;
   slots = any().source.channels;
@@ -109,7 +112,7 @@ LanePlan<S>::LanePlan(const Phases<S>& phases_) : phases(phases_) {
     for (int axis = 0; axis < 2; ++axis) taps[axis].emplace_back(phase.source.taps[axis]);
     taps_in_all += taps[0].back().count * taps[1].back().count;
   }
-  if (panel_elements() * static_cast<int64_t>(sizeof(T)) > kLanePanelBytes) return;
+  if (kernel_elements() * static_cast<int64_t>(sizeof(T)) > kLanePanelBytes) return;
   plan_axis(rows, 0);
   plan_axis(columns, 1);
   plan_boxes();
