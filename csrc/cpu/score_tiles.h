@@ -112,6 +112,28 @@ void pack_column_strips(Compute<S>* dst, Rows<S> rows, int64_t j0, int64_t n, in
                       std::clamp<int64_t>(n - j - half, 0, P::lanes), c0, columns);
 }
 
+// A tile of rows in strips of NR columns: as the micro-kernel reads its vector side, so that a
+// tile of weights can be multiplied from the left as it lies.
+template <class T>
+struct StripTile {
+  static constexpr int64_t NR = Panel<T>::NR;
+  T* data;
+  int64_t rows;
+  T* at(int64_t i, int64_t j) const { return data + (j / NR * rows + i) * NR + j % NR; }
+};
+
+// A: dst[i * lda + c] = tile(i0 + i, c0 + c).
+template <class T>
+void pack_rows(T* dst, StripTile<T> tile, int64_t i0, int64_t m, int64_t c0, int64_t columns) {
+  constexpr int64_t NR = StripTile<T>::NR;
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t c = 0; c < columns;) {
+      const int64_t run = std::min(NR - (c0 + c) % NR, columns - c);
+      widen_run(dst + i * Panel<T>::lda + c, tile.at(i0 + i, c0 + c), run);
+      c += run;
+    }
+}
+
 // ---- products of rows ---------------------------------------------------------------------
 
 // c[i, j] = a_i · b_j for a tile of rows of `a` and n rows of `b` from j0 on: scores, and
@@ -123,7 +145,7 @@ class RowProducts {
 
  public:
   RowProducts(int64_t n, int64_t dim)
-      : n_(n), dim_(dim), resident_(ld() * dim * int64_t(sizeof(T)) <= kResidentBytes) {}
+      : n_(n), dim_(dim), resident_(is_resident(n, dim)) {}
 
   int64_t ld() const { return round_up(n_, P::NR); }
   int64_t scratch_bytes() const { return Scratch::bytes_for<T>(packed_size()); }
@@ -137,6 +159,24 @@ class RowProducts {
 
   // c has ld() columns, those past n are zero; `a_panel` is P::MC × P::lda.
   void operator()(Rows<S> a, int64_t i0, int64_t m, T* a_panel, T* c) {
+    multiply(a, i0, m, a_panel, c, ld(), P::NR);
+  }
+  void operator()(Rows<S> a, int64_t i0, int64_t m, T* a_panel, StripTile<T> c) {
+    multiply(a, i0, m, a_panel, c.data, P::NR, c.rows * P::NR);
+  }
+
+  static bool is_resident(int64_t n, int64_t dim) {
+    return round_up(n, P::NR) * dim * int64_t(sizeof(T)) <= kResidentBytes;
+  }
+
+ private:
+  static constexpr int64_t kResidentBytes = 384 << 10;
+  // Columns packed at a time where b does not stay.
+  static constexpr int64_t kBlock = 1024 / sizeof(T);
+
+  // Rows of c lie row_step apart, strips of NR columns strip_step.
+  void multiply(Rows<S> a, int64_t i0, int64_t m, T* a_panel, T* c, int64_t row_step,
+                int64_t strip_step) {
     const int64_t slice = slice_length<T>(dim_), width = resident_ ? ld() : kBlock;
     for (int64_t j = 0; j < n_; j += width) {
       const int64_t columns = std::min(width, n_ - j), padded = round_up(columns, P::NR);
@@ -147,17 +187,14 @@ class RowProducts {
         for (int64_t i = 0; i < m; i += P::MC) {
           const int64_t rows = std::min(P::MC, m - i);
           pack_rows(a_panel, a, i0 + i, rows, d, depth);
-          multiply_panels(a_panel, rows, packed, columns, depth, c + i * ld() + j, ld(), d > 0);
+          for (int64_t t = 0; t < columns; t += P::NR)
+            multiply_panels(a_panel, rows, packed + t * depth, P::NR, depth,
+                            c + i * row_step + (j + t) / P::NR * strip_step, row_step, d > 0);
         }
       }
     }
     is_packed_ = resident_;
   }
-
- private:
-  static constexpr int64_t kResidentBytes = 384 << 10;
-  // Columns packed at a time where b does not stay.
-  static constexpr int64_t kBlock = 1024 / sizeof(T);
 
   int64_t packed_size() const {
     return resident_ ? ld() * dim_ : kBlock * std::min(P::KC, dim_);
@@ -193,8 +230,9 @@ class WeightedSums {
   }
 
   // write(i, column, const T* run, count) receives the finished sums.
-  template <class Write>
-  void operator()(Rows<T> weights, int64_t m, Rows<S> values, int64_t n, T* a_panel,
+  // The weights are Rows or a StripTile.
+  template <class Weights, class Write>
+  void operator()(Weights weights, int64_t m, Rows<S> values, int64_t n, T* a_panel,
                   const Write& write) {
     const int64_t slice = slice_length<T>(n), ld = chunk();
     for (int64_t column = 0; column < dim_; column += kChunk) {
