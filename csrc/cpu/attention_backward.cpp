@@ -189,11 +189,13 @@ class DenseBackward {
 
   // ---- keys -------------------------------------------------------------------------------
 
-  // Keys of one task: whole strips, as many as leave the scratch below its limit.
+  // Keys of one task: whole strips and bytes of the selection, as many as leave the scratch below
+  // its limit.
   int64_t keys_per_task() const {
+    constexpr int64_t step = std::max(P::NR, 8);
     const int64_t columns = 2 * (shape_.dim + shape_.value_dim) + 2 * kTileRows<T>;
     const int64_t room = kScratchLimit * 3 / 4 / (columns * int64_t(sizeof(T)));
-    return std::clamp<int64_t>(room / P::NR * P::NR, P::NR, 256);
+    return std::clamp<int64_t>(room / step * step, step, 256);
   }
 
   // Adds rows^T · strips to sum [dim, n]: the gradients of keys and values, transposed, so that
