@@ -5,8 +5,10 @@
 
 #include <vector>
 
+#include "conv2d_weight_grad_lanes.h"
 #include "conv2d_weight_grad_pack.h"
 #include "conv2d_weight_grad_plan.h"
+#include "conv2d_weight_grad_prefetch.h"
 #include "conv2d_weight_grad_tile.h"
 #include "split_sum.h"
 
@@ -29,6 +31,7 @@ class BlockSum {
     PixelLoops loops;
   };
   std::vector<TapPixels> clipped_;
+  Prefetcher next_grad_, next_image_;
 
  public:
   BlockSum(const WeightGradPlan<T>& plan, Scratch scratch, int64_t block, bool channels_inside)
@@ -38,9 +41,9 @@ class BlockSum {
         taps_{plan.block_range(2, (block /= plan.blocks(1)) % plan.blocks(2)),
               plan.block_range(3, block / plan.blocks(2))},
         channels_inside_(channels_inside),
-        image_rows_(plan.lines(0, taps_[0].count)),
-        pitch_(plan.lines(1, taps_[1].count)),
-        pixel_step_(plan.pixel_major ? channels_.count : 1),
+        image_rows_(plan.packed_lines(0, taps_[0].count)),
+        pitch_(plan.packed_lines(1, taps_[1].count)),
+        pixel_step_(plan.pixel_step()),
         sums_(scratch.take<T>(plan.sum_elements())),
         image_(scratch.take<T>(plan.image_elements())),
         grad_(scratch.take<T>(plan.grad_elements())) {}
@@ -49,18 +52,17 @@ class BlockSum {
 
   void add_band(int64_t index, const S* dy, const int64_t dy_stride[4], const S* x,
                 const int64_t x_stride[4], bool accumulate) {
-    const Axis *axis = plan_.axis;
-    const int64_t column = index % plan_.bands[2], row = index / plan_.bands[2] % plan_.bands[1];
-    const BandRange band{
-        piece(plan_.images, plan_.band.images, index / plan_.bands[2] / plan_.bands[1]),
-        piece(axis[0].out, plan_.band.rows, row), piece(axis[1].out, plan_.band.columns, column)};
-    BandWindow window{axis[0].lines(band.row, taps_[0], true),
-                      axis[1].lines(band.column, taps_[1], false), {}, {}};
-    window.row_span = lines_inside(window.rows, axis[0].in);
-    window.column_span = lines_inside(window.columns, axis[1].in);
-    pack_grad_band(grad_, dy, dy_stride, axis[1].out, band, out_);
-    ImageBandPacker<S>{plan_, window, channels_.count, image_rows_, pitch_}.pack(
-        image_, x + channels_.begin * x_stride[1], x_stride, band.image);
+    const BandRange band = band_range(index);
+    const BandWindow window = window_of(band);
+    pack_grad_band(grad_, dy, dy_stride, plan_.axis[1].out, band, out_);
+    if (plan_.lanes) {
+      LanePacker<S>{plan_, window, out_, channels_, image_rows_, pitch_}.pack(image_, x, x_stride,
+                                                                              band.image);
+    } else {
+      ImageBandPacker<S>{plan_, window, channels_.count, image_rows_, pitch_}.pack(
+          image_, x + channels_.begin * x_stride[1], x_stride, band.image);
+    }
+    prefetch(index + 1, dy, dy_stride, x, x_stride);
     if (plan_.padded) {
       multiply_all_taps(band, window, accumulate);
     } else {
@@ -95,6 +97,46 @@ class BlockSum {
   }
 
  private:
+  BandRange band_range(int64_t index) const {
+    const int64_t column = index % plan_.bands[2], row = index / plan_.bands[2] % plan_.bands[1];
+    return {piece(plan_.images, plan_.band.images, index / plan_.bands[2] / plan_.bands[1]),
+            piece(plan_.axis[0].out, plan_.band.rows, row),
+            piece(plan_.axis[1].out, plan_.band.columns, column)};
+  }
+
+  BandWindow window_of(const BandRange& band) const {
+    BandWindow window{plan_.axis[0].lines(band.row, taps_[0], true),
+                      plan_.axis[1].lines(band.column, taps_[1], false), {}, {}};
+    window.row_span = lines_inside(window.rows, plan_.axis[0].in);
+    window.column_span = lines_inside(window.columns, plan_.axis[1].in);
+    return window;
+  }
+
+  // Announces the band that follows, a few cache lines of which each tile then fetches.
+  void prefetch(int64_t index, const S* dy, const int64_t dy_stride[4], const S* x,
+                const int64_t x_stride[4]) {
+    next_grad_ = next_image_ = Prefetcher();
+    if (index >= plan_.band_count()) return;
+    const BandRange band = band_range(index);
+    const BandWindow window = window_of(band);
+    auto inside = [](const Lines& lines, Span span) -> Range {
+      if (span.begin == span.end) return {0, 0};
+      const int64_t first = lines.source(span.begin);
+      return {first, lines.source(span.end - 1) + 1 - first};
+    };
+    next_grad_ = Prefetcher(dy, dy_stride, {band.image, out_, band.row, band.column});
+    const Range read = plan_.lanes
+                           ? Range{out_.begin / plan_.group_out_channels * plan_.channels,
+                                   ceil_div(out_.count, plan_.group_out_channels) * plan_.channels}
+                           : channels_;
+    next_image_ = Prefetcher(x, x_stride, {band.image, read, inside(window.rows, window.row_span),
+                                           inside(window.columns, window.column_span)});
+  }
+  void fetch_next(int64_t tiles) {
+    next_grad_.fetch(ceil_div(next_grad_.lines(), tiles));
+    next_image_.fetch(ceil_div(next_image_.lines(), tiles));
+  }
+
   template <class D, class Row>
   void store_run(const Row& row, int64_t first, const T* from, int64_t count) const {
     constexpr int64_t most = 64;
@@ -123,10 +165,20 @@ class BlockSum {
         for (int64_t j = 0; j < columns; ++j)
           offsets_[element(c, i, j)] = c * c_step + i * row_step + j * column_step;
     const PixelLoops loops = pixels_of(band, window, {0, band.row.count}, {0, band.column.count});
+    const int64_t ldc = plan_.sum_columns();
+    int64_t left = 0;
     for (int64_t o = 0; o < out_.count; o += NR)
-      multiply_tiles(image_, offsets_.data(), static_cast<int64_t>(offsets_.size()),
-                     grad_ + o * band.pixels(), out_.count - o, loops, sums_ + o,
-                     plan_.sum_columns(), accumulate);
+      left += Tiles<T>(offsets_.size(), Side::broadcast, out_.count - o).count();
+    for (int64_t o = 0; o < out_.count; o += NR) {
+      const T* image = image_ + o / NR * plan_.strip_step();
+      const T* grad = grad_ + o * band.pixels();
+      const Tiles<T> tiles(offsets_.size(), plan_.lanes ? Side::lanes : Side::broadcast,
+                           out_.count - o);
+      tiles.for_each([&](int64_t e, TileKernel<T> kernel) {
+        fetch_next(left--);
+        kernel(image, offsets_.data() + e, grad, loops, sums_ + e * ldc + o, ldc, accumulate);
+      });
+    }
   }
 
   // Each tap for itself: a tile spans channels.
@@ -146,21 +198,23 @@ class BlockSum {
                             pixels_of(band, window, rows, columns)});
       }
     }
-    const int64_t ldc = plan_.sum_columns(), tiles = ceil_div(C, Panel<T>::MR);
-    const int64_t next_channel = element(1, 0, 0) * ldc;
+    const int64_t ldc = plan_.sum_columns(), next_channel = element(1, 0, 0) * ldc;
+    int64_t left = 0;
+    for (int64_t o = 0; o < out_.count; o += NR)
+      left += Tiles<T>(C, Side::broadcast, out_.count - o).count() * taps;
     for (int64_t o = 0; o < out_.count; o += NR) {
-      for (int64_t tile = 0, c = 0; tile < tiles; ++tile) {
-        const int64_t height = (C - c) / (tiles - tile);
+      const Tiles<T> tiles(C, Side::broadcast, out_.count - o);
+      tiles.for_each([&](int64_t c, TileKernel<T> kernel) {
         for (int64_t tap = 0; tap < taps; ++tap) {
           const TapPixels& pixels = clipped_[tap];
+          fetch_next(left--);
           if (pixels.loops.empty() && accumulate) continue;
           const int64_t row = element(c, tap / taps_[1].count, tap % taps_[1].count);
-          multiply_tiles(image_ + pixels.image, offsets_.data() + c, height,
-                         grad_ + o * band.pixels() + pixels.grad, out_.count - o, pixels.loops,
-                         sums_ + row * ldc + o, next_channel, accumulate);
+          kernel(image_ + pixels.image, offsets_.data() + c,
+                 grad_ + o * band.pixels() + pixels.grad, pixels.loops, sums_ + row * ldc + o,
+                 next_channel, accumulate);
         }
-        c += height;
-      }
+      });
     }
   }
 

@@ -13,6 +13,22 @@ struct BandRange {
   int64_t pixels() const { return image.count * row.count * column.count; }
 };
 
+// Pixels of contiguous channels as strips: channel c of pixel p goes to
+// dst[c / NR · strip_step + p · NR + c % NR]. Whole pixels in turn, as they lie in memory.
+template <class T, class S>
+void copy_strips(T* dst, int64_t strip_step, const S* src, int64_t pixel_step, int64_t channels,
+                 int64_t pixels) {
+  constexpr int64_t NR = Panel<T>::NR;
+  for (int64_t p = 0; p < pixels; ++p, src += pixel_step) {
+    T* to = dst + p * NR;
+    int64_t c = 0;
+    for (; c + NR <= channels; c += NR, to += strip_step) widen_run(to, src + c, NR);
+    if (c == channels) continue;
+    widen_run(to, src + c, channels - c);
+    std::fill(to + channels - c, to + NR, T(0));
+  }
+}
+
 // dy of `channels` as strips: dst[strip · pixels · NR + pixel · NR + channel], zeros in the lanes
 // that have no channel.
 template <class S>
@@ -29,20 +45,17 @@ void pack_grad_band(Compute<S>* dst, const S* dy, const int64_t stride[4], int64
     for (int64_t r = 0; r < rows; ++r) {
       const S* from = dy + (band.image.begin + n) * stride[0] + channels.begin * stride[1] +
                       (band.row.begin + r) * stride[2] + band.column.begin * stride[3];
-      const int64_t at = (n * rows + r) * run;
+      T* to = dst + (n * rows + r) * run * NR;
+      if (stride[1] == 1) {
+        copy_strips(to, pixels * NR, from, stride[3], channels.count, run);
+        continue;
+      }
       for (int64_t o = 0; o < channels.count; o += NR) {
         const int64_t width = std::min(NR, channels.count - o);
-        T* to = dst + o * pixels + at * NR;
-        const S* strip = from + o * stride[1];
-        if (stride[1] != 1) {
-          transpose(to, NR, strip, stride[1], stride[3], width, run);
-        } else if (width == NR) {
-          for (int64_t p = 0; p < run; ++p) widen_run(to + p * NR, strip + p * stride[3], NR);
-        } else {
-          for (int64_t p = 0; p < run; ++p) widen_run(to + p * NR, strip + p * stride[3], width);
-        }
+        T* strip = to + o * pixels;
+        transpose(strip, NR, from + o * stride[1], stride[1], stride[3], width, run);
         for (int64_t p = 0; width < NR && p < run; ++p)
-          std::fill(to + p * NR + width, to + (p + 1) * NR, T(0));
+          std::fill(strip + p * NR + width, strip + (p + 1) * NR, T(0));
       }
     }
   }

@@ -69,9 +69,7 @@ struct Axis {
 struct Band {
   int64_t images, rows, columns;
 
-  static constexpr int64_t most_pixels = 256;
-
-  explicit Band(const Conv2dShape& s) {
+  Band(const Conv2dShape& s, int64_t most_pixels) {
     columns = equal_length(s.out_width, most_pixels);
     rows = equal_length(s.out_height, most_pixels / columns);
     const bool whole = columns == s.out_width && rows == s.out_height;
@@ -85,8 +83,11 @@ struct WeightGradPlan {
   static constexpr int64_t kBlockBytes = 7 << 17;  // what a task keeps in the second cache
   static constexpr int NR = Panel<T>::NR;
 
-  int64_t images, groups;
-  int64_t out_channels, channels;  // of one group
+  int64_t images, group_out_channels;
+  // Groups of few output channels side by side fill the lanes: the result is then one group whose
+  // lanes each have channels of their own.
+  bool lanes;
+  int64_t groups, out_channels, channels;  // channels: of one output channel
   Axis axis[2];
   int64_t kernel[2];
   Band band;
@@ -100,15 +101,17 @@ struct WeightGradPlan {
 
   WeightGradPlan(const Conv2dShape& s, View4 x)
       : images(s.batch),
-        groups(s.groups),
-        out_channels(s.out_channels / s.groups),
+        group_out_channels(s.out_channels / s.groups),
+        lanes(s.groups > 1 && lanes_pay(group_out_channels, s.in_channels / s.groups)),
+        groups(lanes ? 1 : s.groups),
+        out_channels(s.out_channels / groups),
         channels(s.in_channels / s.groups),
         axis{axis_of(s, 0, s.height, s.out_height), axis_of(s, 1, s.width, s.out_width)},
         kernel{s.kernel[0], s.kernel[1]},
-        band(s),
+        band(s, lanes && channels > 1 ? 96 : 256),
         bands{ceil_div(s.batch, band.images), ceil_div(s.out_height, band.rows),
               ceil_div(s.out_width, band.columns)},
-        padded(channels < 8 || !reads_outside()),
+        padded(lanes || channels < 8 || !reads_outside()),
         pixel_major(channels < 8 && s.groups == 1 && channels > 1 && x.stride[1] == 1 &&
                     x.stride[3] == channels),
         block{out_channels, channels, kernel[0], kernel[1]} {
@@ -141,21 +144,26 @@ struct WeightGradPlan {
   int64_t block_count() const { return blocks(0) * blocks(1) * blocks(2) * blocks(3); }
   Range block_range(int dim, int64_t index) const { return piece(extent(dim), block[dim], index); }
 
-  int64_t lines(int a, int64_t taps) const {
+  int64_t packed_lines(int a, int64_t taps) const {
     const int64_t q = a == 0 ? band.rows : band.columns;
     const int64_t all = axis[a].lines({0, q}, {0, taps}, a == 0).count;
     return padded ? all : std::min(all, axis[a].in);
   }
-  // Elements between channels of the packed band: an odd number of cache lines, so that channels
-  // do not share a cache set.
+  int64_t packed_pixels() const {
+    return band.images * packed_lines(0, block[2]) * packed_lines(1, block[3]);
+  }
+  // Elements between pixels and between channels of the packed band. Channels lie an odd number of
+  // cache lines apart, so that they do not share a cache set.
+  int64_t pixel_step() const { return lanes ? NR : pixel_major ? channels : 1; }
   int64_t channel_step() const {
     const int64_t line = 64 / sizeof(T);
-    const int64_t pixels = band.images * lines(0, block[2]) * lines(1, block[3]);
-    return pixel_major ? 1 : (ceil_div(pixels, line) | 1) * line;
+    if (lanes) return packed_pixels() * NR;
+    return pixel_major ? 1 : (ceil_div(packed_pixels(), line) | 1) * line;
   }
+  int64_t strip_step() const { return lanes ? block[1] * channel_step() : 0; }
   int64_t image_elements() const {
-    const int64_t pixels = band.images * lines(0, block[2]) * lines(1, block[3]);
-    return pixel_major ? pixels * channels : block[1] * channel_step();
+    if (lanes) return ceil_div(block[0], NR) * strip_step();
+    return pixel_major ? packed_pixels() * channels : block[1] * channel_step();
   }
   int64_t grad_elements() const { return band.pixels() * round_up(block[0], NR); }
   int64_t sum_columns() const { return round_up(block[0], NR); }
@@ -169,6 +177,11 @@ struct WeightGradPlan {
   static Axis axis_of(const Conv2dShape& s, int a, int64_t in, int64_t out) {
     return {out, in, s.stride[a], s.padding[a], s.dilation[a]};
   }
+  // Whether the lanes of one group are mostly idle, and those of several find their channels close
+  // enough together (see LanePacker).
+  static bool lanes_pay(int64_t out, int64_t in) {
+    return 2 * out <= kLanes<T> && (out == 1 || ceil_div(kLanes<T>, out) * in <= 2 * kLanes<T>);
+  }
   bool reads_outside() const {
     for (int a = 0; a < 2; ++a) {
       const Axis& along = axis[a];
@@ -180,9 +193,9 @@ struct WeightGradPlan {
   // Values that all tasks together pack: each block of the result packs both of its operands.
   double packed() const {
     const double grad = static_cast<double>(band.pixels()) * out_channels;
-    const double image =
-        static_cast<double>(channels) * band.images * lines(0, block[2]) * lines(1, block[3]);
-    return (grad * blocks(1) + image * blocks(0)) * blocks(2) * blocks(3);
+    const double image = static_cast<double>(packed_pixels()) * channels;
+    const int64_t times = lanes ? out_channels : blocks(0);
+    return (grad * blocks(1) + image * times) * blocks(2) * blocks(3);
   }
 
   // The largest number of channels that fits beside the other sizes of the block; 0 if none does.
@@ -192,7 +205,7 @@ struct WeightGradPlan {
     if (pixel_major) return 0;
     block[1] = 1;
     const int64_t fixed = Scratch::bytes_for<T>(grad_elements()) + 192;
-    const int64_t each = (channel_step() + sum_elements()) * sizeof(T);
+    const int64_t each = (image_elements() + sum_elements()) * sizeof(T);
     return fixed + each > kBlockBytes ? 0 : std::min(channels, (kBlockBytes - fixed) / each);
   }
 

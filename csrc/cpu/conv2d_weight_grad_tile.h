@@ -48,8 +48,12 @@ struct PixelLoops {
   }
 };
 
+// How an element of x meets the lanes of dy: one value for all output channels, or, where each of
+// them has channels of its own (small groups), a value for each.
+enum class Side { broadcast, lanes };
+
 // c[i, 0 : Vectors·L] (+)= Σ_pixels x[pixel + offset[i]] · dy[pixel, 0 : Vectors·L], i < Rows.
-template <class T, int Rows, int Vectors>
+template <class T, Side side, int Vectors, int Rows>
 void tile_kernel(const T* x, const int64_t* offset, const T* dy, const PixelLoops& loops, T* c,
                  int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<T>;
@@ -62,15 +66,16 @@ void tile_kernel(const T* x, const int64_t* offset, const T* dy, const PixelLoop
       for (int64_t k = inner.count; k > 0; --k, xk += inner.x, dyk += inner.dy) {
         Vec<T> b[Vectors];
         for (int v = 0; v < Vectors; ++v) b[v] = load(dyk + v * L);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
         for (int i = 0; i < Rows; ++i) {
-          const Vec<T> a = broadcast(xk[offset[i]]);
-          for (int v = 0; v < Vectors; ++v) sum[i][v] = fma(a, b[v], sum[i][v]);
+          const T* a = xk + offset[i];
+          for (int v = 0; v < Vectors; ++v)
+            sum[i][v] = fma(side == Side::lanes ? load(a + v * L) : broadcast(*a), b[v], sum[i][v]);
         }
       }
     }
   }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < Rows; ++i) {
     for (int v = 0; v < Vectors; ++v) {
       T* to = c + i * ldc + v * L;
@@ -83,25 +88,50 @@ template <class T>
 using TileKernel = void (*)(const T*, const int64_t*, const T*, const PixelLoops&, T*, int64_t,
                             bool);
 
-template <class T, int Vectors, int... Rows>
-constexpr auto tile_kernel_table(std::integer_sequence<int, Rows...>) {
-  return std::array<TileKernel<T>, sizeof...(Rows)>{tile_kernel<T, Rows + 1, Vectors>...};
-}
-template <class T, int Vectors>
-inline constexpr auto kTileKernels =
-    tile_kernel_table<T, Vectors>(std::make_integer_sequence<int, Panel<T>::MR>{});
-
-// The same for any number of rows, in tiles of nearly equal height, and `width` lanes of dy.
+// Rows of the tallest tile of one or two vectors. Two fill the registers; one has more rows than
+// the arithmetic units are deep, and more would run out of registers for their addresses.
 template <class T>
-void multiply_tiles(const T* x, const int64_t* offset, int64_t rows, const T* dy, int64_t width,
-                    const PixelLoops& loops, T* c, int64_t ldc, bool accumulate) {
-  const auto& kernels = width > kLanes<T> ? kTileKernels<T, 2> : kTileKernels<T, 1>;
-  const int64_t tiles = ceil_div(rows, Panel<T>::MR);
-  for (int64_t tile = 0, i = 0; tile < tiles; ++tile) {
-    const int64_t height = (rows - i) / (tiles - tile);
-    kernels[height - 1](x, offset + i, dy, loops, c + i * ldc, ldc, accumulate);
-    i += height;
-  }
+inline constexpr int kTileRows[3] = {0, kVectorBytes == 64 ? 12 : 8, Panel<T>::MR};
+
+template <class T, Side side, int Vectors, int... Rows>
+constexpr auto tile_kernel_table(std::integer_sequence<int, Rows...>) {
+  return std::array<TileKernel<T>, sizeof...(Rows)>{tile_kernel<T, side, Vectors, Rows + 1>...};
 }
+template <class T, Side side, int Vectors>
+inline constexpr auto kTileKernels = tile_kernel_table<T, side, Vectors>(
+    std::make_integer_sequence<int, kTileRows<T>[Vectors]>{});
+
+// Tiles of nearly equal height for any number of rows, and `width` lanes of dy.
+template <class T>
+class Tiles {
+ public:
+  Tiles(int64_t rows, Side side, int64_t width)
+      : rows_(rows), vectors_(width > kLanes<T> ? 2 : 1), count_(ceil_div(rows, height())) {
+    if (side == Side::broadcast) {
+      kernels_ = vectors_ == 2 ? kTileKernels<T, Side::broadcast, 2>.data()
+                               : kTileKernels<T, Side::broadcast, 1>.data();
+    } else {
+      kernels_ = vectors_ == 2 ? kTileKernels<T, Side::lanes, 2>.data()
+                               : kTileKernels<T, Side::lanes, 1>.data();
+    }
+  }
+  int64_t count() const { return count_; }
+  // f(first row, kernel) for each tile.
+  template <class F>
+  void for_each(const F& f) const {
+    for (int64_t tile = 0, i = 0; tile < count_; ++tile) {
+      const int64_t rows = (rows_ - i) / (count_ - tile);
+      f(i, kernels_[rows - 1]);
+      i += rows;
+    }
+  }
+
+ private:
+  int64_t height() const { return kTileRows<T>[vectors_]; }
+  int64_t rows_;
+  int vectors_;
+  int64_t count_;
+  const TileKernel<T>* kernels_;
+};
 
 }  // namespace pyvit

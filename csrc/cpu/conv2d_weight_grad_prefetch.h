@@ -1,0 +1,69 @@
+// Fetches the operands of the next band into the second cache while the present one is multiplied:
+// packing would else wait for memory, since a band's rows are too short for the processor's own
+// prefetching.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "conv2d_weight_grad_pack.h"
+
+namespace pyvit {
+
+// The cache lines of a rectangle of a tensor: images × channels × rows × columns.
+class Prefetcher {
+ public:
+  Prefetcher() = default;
+
+  template <class S>
+  Prefetcher(const S* data, const int64_t stride[4], const Range (&range)[4]) {
+    const int64_t size = sizeof(S), columns = range[3].count;
+    next_ = reinterpret_cast<const char*>(data);
+    for (int d = 0; d < 4; ++d) next_ += range[d].begin * stride[d] * size;
+    if (stride[1] == 1 && stride[3] == range[1].count) {  // rows of whole pixels
+      set({range[0].count, range[2].count, 1}, {stride[0], stride[2], 0}, columns * stride[3], size);
+    } else if (stride[1] == 1) {  // pixels
+      set({range[0].count, range[2].count, columns}, {stride[0], stride[2], stride[3]},
+          range[1].count, size);
+    } else if (stride[3] == 1 && stride[2] == columns) {  // whole rows of a plane
+      set({range[0].count, range[1].count, 1}, {stride[0], stride[1], 0},
+          range[2].count * columns, size);
+    } else if (stride[3] == 1) {
+      set({range[0].count, range[1].count, range[2].count}, {stride[0], stride[1], stride[2]},
+          columns, size);
+    }
+  }
+
+  int64_t lines() const { return lines_; }
+
+  void fetch(int64_t count) {
+    for (count = std::min(count, lines_); count > 0; --count, --lines_) {
+      __builtin_prefetch(next_ + offset_, 0, 2);
+      offset_ += kLine;
+      if (offset_ < bytes_) continue;
+      offset_ = 0;
+      for (int d = 2; d >= 0; --d) {
+        next_ += step_[d];
+        if (++index_[d] < count_[d]) break;
+        next_ -= step_[d] * count_[d];
+        index_[d] = 0;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  void set(std::array<int64_t, 3> count, std::array<int64_t, 3> step, int64_t run, int64_t size) {
+    count_ = count;
+    for (int d = 0; d < 3; ++d) step_[d] = step[d] * size;
+    bytes_ = run * size;
+    lines_ = count[0] * count[1] * count[2] * ceil_div(bytes_, kLine);
+  }
+
+  const char* next_ = nullptr;
+  std::array<int64_t, 3> count_{}, step_{}, index_{};
+  int64_t bytes_ = 0, offset_ = 0, lines_ = 0;
+};
+
+}  // namespace pyvit
