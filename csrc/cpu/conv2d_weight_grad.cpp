@@ -132,9 +132,12 @@ class BlockSum {
     next_image_ = Prefetcher(x, x_stride, {band.image, read, inside(window.rows, window.row_span),
                                            inside(window.columns, window.column_span)});
   }
-  void fetch_next(int64_t tiles) {
-    next_grad_.fetch(ceil_div(next_grad_.lines(), tiles));
-    next_image_.fetch(ceil_div(next_image_.lines(), tiles));
+  // Which of the two operands the next kernel fetches, and how many lines at a time, where so many
+  // kernels are left.
+  Prefetcher& next() { return next_grad_.lines() > 0 ? next_grad_ : next_image_; }
+  int64_t fetch_lines(int64_t kernels, const PixelLoops& loops) const {
+    const int64_t lines = next_grad_.lines() + next_image_.lines();
+    return ceil_div(lines, kernels * loops.fetches());
   }
 
   template <class D, class Row>
@@ -175,8 +178,8 @@ class BlockSum {
       const Tiles<T> tiles(offsets_.size(), plan_.lanes ? Side::lanes : Side::broadcast,
                            out_.count - o);
       tiles.for_each([&](int64_t e, TileKernel<T> kernel) {
-        fetch_next(left--);
-        kernel(image, offsets_.data() + e, grad, loops, sums_ + e * ldc + o, ldc, accumulate);
+        kernel(image, offsets_.data() + e, grad, loops, sums_ + e * ldc + o, ldc, accumulate, next(),
+               fetch_lines(left--, loops));
       });
     }
   }
@@ -207,12 +210,12 @@ class BlockSum {
       tiles.for_each([&](int64_t c, TileKernel<T> kernel) {
         for (int64_t tap = 0; tap < taps; ++tap) {
           const TapPixels& pixels = clipped_[tap];
-          fetch_next(left--);
+          const int64_t lines = fetch_lines(left--, pixels.loops);
           if (pixels.loops.empty() && accumulate) continue;
           const int64_t row = element(c, tap / taps_[1].count, tap % taps_[1].count);
           kernel(image_ + pixels.image, offsets_.data() + c,
                  grad_ + o * band.pixels() + pixels.grad, pixels.loops, sums_ + row * ldc + o,
-                 next_channel, accumulate);
+                 next_channel, accumulate, next(), lines);
         }
       });
     }

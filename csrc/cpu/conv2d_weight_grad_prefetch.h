@@ -4,9 +4,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 
-#include "conv2d_weight_grad_pack.h"
+#include "conv2d_weight_grad_plan.h"
 
 namespace pyvit {
 

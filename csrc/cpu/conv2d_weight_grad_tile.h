@@ -6,6 +6,7 @@
 #include <array>
 #include <utility>
 
+#include "conv2d_weight_grad_prefetch.h"
 #include "gemm.h"
 
 namespace pyvit {
@@ -29,6 +30,11 @@ struct PixelLoops {
     }
     join(1);
     join(0);
+  }
+  // Times that a kernel fetches something on its way through the pixels.
+  static constexpr int64_t kFetchPixels = 16;
+  int64_t fetches() const {
+    return std::max<int64_t>(1, ceil_div(at[0].count, kFetchPixels) * at[1].count * at[2].count);
   }
   bool empty() const { return at[0].count * at[1].count * at[2].count == 0; }
 
@@ -55,7 +61,7 @@ enum class Side { broadcast, lanes };
 // c[i, 0 : Vectors·L] (+)= Σ_pixels x[pixel + offset[i]] · dy[pixel, 0 : Vectors·L], i < Rows.
 template <class T, Side side, int Vectors, int Rows>
 void tile_kernel(const T* x, const int64_t* offset, const T* dy, const PixelLoops& loops, T* c,
-                 int64_t ldc, bool accumulate) {
+                 int64_t ldc, bool accumulate, Prefetcher& next, int64_t lines) {
   constexpr int L = kLanes<T>;
   Vec<T> sum[Rows][Vectors] = {};
   const auto [inner, middle, outer] = loops.at;
@@ -63,14 +69,18 @@ void tile_kernel(const T* x, const int64_t* offset, const T* dy, const PixelLoop
     const T *x_row = x, *dy_row = dy;
     for (int64_t r = 0; r < middle.count; ++r, x_row += middle.x, dy_row += middle.dy) {
       const T *xk = x_row, *dyk = dy_row;
-      for (int64_t k = inner.count; k > 0; --k, xk += inner.x, dyk += inner.dy) {
-        Vec<T> b[Vectors];
-        for (int v = 0; v < Vectors; ++v) b[v] = load(dyk + v * L);
+      for (int64_t left = inner.count; left > 0; left -= PixelLoops::kFetchPixels) {
+        next.fetch(lines);
+        for (int64_t k = std::min(left, PixelLoops::kFetchPixels); k > 0; --k, xk += inner.x, dyk += inner.dy) {
+          Vec<T> b[Vectors];
+          for (int v = 0; v < Vectors; ++v) b[v] = load(dyk + v * L);
 #pragma GCC unroll 32
-        for (int i = 0; i < Rows; ++i) {
-          const T* a = xk + offset[i];
-          for (int v = 0; v < Vectors; ++v)
-            sum[i][v] = fma(side == Side::lanes ? load(a + v * L) : broadcast(*a), b[v], sum[i][v]);
+          for (int i = 0; i < Rows; ++i) {
+            const T* a = xk + offset[i];
+            for (int v = 0; v < Vectors; ++v)
+              sum[i][v] =
+                  fma(side == Side::lanes ? load(a + v * L) : broadcast(*a), b[v], sum[i][v]);
+          }
         }
       }
     }
@@ -86,7 +96,7 @@ void tile_kernel(const T* x, const int64_t* offset, const T* dy, const PixelLoop
 
 template <class T>
 using TileKernel = void (*)(const T*, const int64_t*, const T*, const PixelLoops&, T*, int64_t,
-                            bool);
+                            bool, Prefetcher&, int64_t);
 
 // Rows of the tallest tile of one or two vectors. Two fill the registers; one has more rows than
 // the arithmetic units are deep, and more would run out of registers for their addresses.
