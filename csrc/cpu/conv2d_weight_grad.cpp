@@ -23,7 +23,8 @@ class BlockSum {
   const WeightGradPlan<T>& plan_;
   const Range out_, channels_, taps_[2];
   const bool channels_inside_;  // order of a patch in dw: (row tap, column tap, c), else (c, …)
-  const int64_t image_rows_, pitch_, pixel_step_;
+  const int64_t image_rows_, pitch_;  // of the packed image, as are the steps
+  const int64_t pixel_step_, channel_step_, strip_step_, grad_step_, ldc_;
   T *const sums_, *const image_, *const grad_;
   std::vector<int64_t> offsets_;   // of the rows of a tile in the packed image
   struct TapPixels {
@@ -44,6 +45,10 @@ class BlockSum {
         image_rows_(plan.packed_lines(0, taps_[0].count)),
         pitch_(plan.packed_lines(1, taps_[1].count)),
         pixel_step_(plan.pixel_step()),
+        channel_step_(plan.channel_step()),
+        strip_step_(plan.strip_step()),
+        grad_step_(plan.grad_step()),
+        ldc_(plan.sum_columns()),
         sums_(scratch.take<T>(plan.sum_elements())),
         image_(scratch.take<T>(plan.image_elements())),
         grad_(scratch.take<T>(plan.grad_elements())) {}
@@ -54,12 +59,12 @@ class BlockSum {
                 const int64_t x_stride[4], bool accumulate) {
     const BandRange band = band_range(index);
     const BandWindow window = window_of(band);
-    pack_grad_band(grad_, dy, dy_stride, plan_.axis[1].out, band, out_);
+    pack_grad_band(grad_, grad_step_, dy, dy_stride, plan_.axis[1].out, band, out_);
     if (plan_.lanes) {
-      LanePacker<S>{plan_, window, out_, channels_, image_rows_, pitch_}.pack(image_, x, x_stride,
-                                                                              band.image);
+      LanePacker<S>{plan_, window, out_, channels_, image_rows_, pitch_, channel_step_, strip_step_}
+          .pack(image_, x, x_stride, band.image);
     } else {
-      ImageBandPacker<S>{plan_, window, channels_.count, image_rows_, pitch_}.pack(
+      ImageBandPacker<S>{plan_, window, channels_.count, image_rows_, pitch_, channel_step_}.pack(
           image_, x + channels_.begin * x_stride[1], x_stride, band.image);
     }
     prefetch(index + 1, dy, dy_stride, x, x_stride);
@@ -92,7 +97,7 @@ class BlockSum {
     }
     const T* from = sums_;
     for (int64_t a = 0; a < runs[0]; ++a)
-      for (int64_t b = 0; b < runs[1]; ++b, from += run * plan_.sum_columns())
+      for (int64_t b = 0; b < runs[1]; ++b, from += run * ldc_)
         store_run<D>(row, first + a * step[0] + b * step[1], from, run);
   }
 
@@ -144,12 +149,17 @@ class BlockSum {
   void store_run(const Row& row, int64_t first, const T* from, int64_t count) const {
     constexpr int64_t most = 64;
     T turned[NR * most];
-    const int64_t ldc = plan_.sum_columns();
     for (int64_t o = 0; o < out_.count; o += NR) {
       const int64_t width = std::min(NR, out_.count - o);
       for (int64_t e = 0; e < count; e += most) {
         const int64_t length = std::min(most, count - e);
-        transpose(turned, most, from + e * ldc + o, ldc, 1, length, width);
+        if constexpr (std::is_same_v<D, T>) {
+          D* to = row(out_.begin + o);
+          transpose(to + first + e, row(out_.begin + o + 1) - to, from + e * ldc_ + o, ldc_, 1, length,
+                    width);
+          continue;
+        }
+        transpose(turned, most, from + e * ldc_ + o, ldc_, 1, length, width);
         for (int64_t i = 0; i < width; ++i)
           narrow_run(row(out_.begin + o + i) + first + e, turned + i * most, length);
       }
@@ -158,7 +168,6 @@ class BlockSum {
 
   // All elements of a patch see all pixels: zeros are packed where those lie outside.
   void multiply_all_taps(const BandRange& band, const BandWindow& window, bool accumulate) {
-    const int64_t c_step = plan_.channel_step();
     const int64_t row_step = window.rows.tap_step * pitch_ * pixel_step_;
     const int64_t column_step = window.columns.tap_step * pixel_step_;
     const int64_t rows = taps_[0].count, columns = taps_[1].count, C = channels_.count;
@@ -166,19 +175,18 @@ class BlockSum {
     for (int64_t c = 0; c < C; ++c)
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j)
-          offsets_[element(c, i, j)] = c * c_step + i * row_step + j * column_step;
+          offsets_[element(c, i, j)] = c * channel_step_ + i * row_step + j * column_step;
     const PixelLoops loops = pixels_of(band, window, {0, band.row.count}, {0, band.column.count});
-    const int64_t ldc = plan_.sum_columns();
     int64_t left = 0;
     for (int64_t o = 0; o < out_.count; o += NR)
       left += Tiles<T>(offsets_.size(), Side::broadcast, out_.count - o).count();
     for (int64_t o = 0; o < out_.count; o += NR) {
-      const T* image = image_ + o / NR * plan_.strip_step();
+      const T* image = image_ + o / NR * strip_step_;
       const T* grad = grad_ + o * band.pixels();
       const Tiles<T> tiles(offsets_.size(), plan_.lanes ? Side::lanes : Side::broadcast,
                            out_.count - o);
       tiles.for_each([&](int64_t e, TileKernel<T> kernel) {
-        kernel(image, offsets_.data() + e, grad, loops, sums_ + e * ldc + o, ldc, accumulate, next(),
+        kernel(image, offsets_.data() + e, grad, loops, sums_ + e * ldc_ + o, ldc_, accumulate, next(),
                fetch_lines(left--, loops));
       });
     }
@@ -188,7 +196,7 @@ class BlockSum {
   void multiply_clipped_taps(const BandRange& band, const BandWindow& window, bool accumulate) {
     const int64_t C = channels_.count, taps = taps_[0].count * taps_[1].count;
     offsets_.resize(C);
-    for (int64_t c = 0; c < C; ++c) offsets_[c] = c * plan_.channel_step();
+    for (int64_t c = 0; c < C; ++c) offsets_[c] = c * channel_step_;
     clipped_.clear();
     for (int64_t i = 0; i < taps_[0].count; ++i) {
       const Span rows = plan_.axis[0].inside(band.row, taps_[0].begin + i);
@@ -197,11 +205,11 @@ class BlockSum {
         const int64_t u = rows.begin * window.rows.out_step + i * window.rows.tap_step;
         const int64_t v = columns.begin * window.columns.out_step + j * window.columns.tap_step;
         clipped_.push_back({(u - window.row_span.begin) * pitch_ + v - window.column_span.begin,
-                            (rows.begin * band.column.count + columns.begin) * NR,
+                            (rows.begin * band.column.count + columns.begin) * grad_step_,
                             pixels_of(band, window, rows, columns)});
       }
     }
-    const int64_t ldc = plan_.sum_columns(), next_channel = element(1, 0, 0) * ldc;
+    const int64_t next_channel = element(1, 0, 0) * ldc_;
     int64_t left = 0;
     for (int64_t o = 0; o < out_.count; o += NR)
       left += Tiles<T>(C, Side::broadcast, out_.count - o).count() * taps;
@@ -214,7 +222,7 @@ class BlockSum {
           if (pixels.loops.empty() && accumulate) continue;
           const int64_t row = element(c, tap / taps_[1].count, tap % taps_[1].count);
           kernel(image_ + pixels.image, offsets_.data() + c,
-                 grad_ + o * band.pixels() + pixels.grad, pixels.loops, sums_ + row * ldc + o,
+                 grad_ + o * band.pixels() + pixels.grad, pixels.loops, sums_ + row * ldc_ + o,
                  next_channel, accumulate, next(), lines);
         }
       });
@@ -231,9 +239,9 @@ class BlockSum {
                        Span columns) const {
     const int64_t width = band.column.count, height = band.row.count;
     return PixelLoops(
-        {columns.end - columns.begin, window.columns.out_step * pixel_step_, NR},
-        {rows.end - rows.begin, window.rows.out_step * pitch_ * pixel_step_, width * NR},
-        {band.image.count, image_rows_ * pitch_ * pixel_step_, height * width * NR});
+        {columns.end - columns.begin, window.columns.out_step * pixel_step_, grad_step_},
+        {rows.end - rows.begin, window.rows.out_step * pitch_ * pixel_step_, width * grad_step_},
+        {band.image.count, image_rows_ * pitch_ * pixel_step_, height * width * grad_step_});
   }
 };
 

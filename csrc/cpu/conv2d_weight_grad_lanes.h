@@ -64,7 +64,7 @@ class LanePacker {
   const WeightGradPlan<T>& plan;
   const BandWindow& window;
   Range out, channels;
-  int64_t image_rows, pitch;
+  int64_t image_rows, pitch, channel_step, strip_step;
 
   void pack(T* dst, const S* x, const int64_t stride[4], Range images) const {
     for (int64_t n = 0; n < images.count; ++n) {
@@ -82,9 +82,9 @@ class LanePacker {
 
  private:
   void fill_outside(T* dst, Span inside) const {
-    for (int64_t o = 0; o < out.count; o += NR, dst += plan.strip_step()) {
+    for (int64_t o = 0; o < out.count; o += NR, dst += strip_step) {
       for (int64_t c = 0; c < channels.count; ++c) {
-        T* to = dst + c * plan.channel_step();
+        T* to = dst + c * channel_step;
         std::fill(to, to + inside.begin * NR, T(0));
         std::fill(to + inside.end * NR, to + window.columns.count * NR, T(0));
       }
@@ -98,15 +98,15 @@ class LanePacker {
     const int64_t between = plan.channels * stride[1];  // from group to group
     const S* first = row + out.begin * between + channels.begin * stride[1];
     if (plan.group_out_channels == 1 && between == 1)
-      return copy_strips(dst, plan.strip_step(), first, step, out.count, pixels);
-    for (int64_t o = 0; o < out.count; o += NR, dst += plan.strip_step()) {
+      return copy_strips(dst, NR, strip_step, first, step, out.count, pixels);
+    for (int64_t o = 0; o < out.count; o += NR, dst += strip_step) {
       const Range strip{o, std::min(NR, out.count - o)};
       if (plan.group_out_channels > 1) {
         choose_lanes(dst, row, stride[1], step, strip, pixels);
         continue;
       }
       for (int64_t c = 0; c < channels.count; ++c)
-        copy_lanes(dst + c * plan.channel_step(), NR, first + o * between + c * stride[1], between,
+        copy_lanes(dst + c * channel_step, NR, first + o * between + c * stride[1], between,
                    step, strip.count, pixels);
     }
   }
@@ -127,7 +127,7 @@ class LanePacker {
   void choose_lanes(T* dst, const S* from, int64_t between, int64_t step, Range strip,
                     int64_t pixels) const {
     constexpr int64_t most_pixels = kLanes<T>, most_channels = 4 * L;
-    T turned[most_pixels * most_channels] = {};
+    T turned[most_pixels * most_channels];
     for (int64_t l = 0; l < strip.count; l += L) {
       const LaneChoice<T> choice(out.begin + strip.begin + l, std::min(L, strip.count - l),
                                  plan.group_out_channels, plan.channels);
@@ -141,7 +141,7 @@ class LanePacker {
           copy_lanes(turned, most_channels, first + p * step, between, step, span + count, some);
           for (int64_t k = 0; k < count; ++k)
             for (int64_t q = 0; q < some; ++q)
-              choice.copy(dst + (c + k) * plan.channel_step() + (p + q) * NR + l,
+              choice.copy(dst + (c + k) * channel_step + (p + q) * NR + l,
                           turned + q * most_channels + k);
         }
         c += count;

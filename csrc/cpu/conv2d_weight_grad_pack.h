@@ -13,29 +13,27 @@ struct BandRange {
   int64_t pixels() const { return image.count * row.count * column.count; }
 };
 
-// Pixels of contiguous channels as strips: channel c of pixel p goes to
-// dst[c / NR · strip_step + p · NR + c % NR]. Whole pixels in turn, as they lie in memory.
+// Pixels of contiguous channels as strips of `lanes`: channel c of pixel p goes to
+// dst[c / lanes · strip_step + p · lanes + c % lanes]. Whole pixels in turn, as they lie in memory.
 template <class T, class S>
-void copy_strips(T* dst, int64_t strip_step, const S* src, int64_t pixel_step, int64_t channels,
-                 int64_t pixels) {
+void copy_strips(T* dst, int64_t lanes, int64_t strip_step, const S* src, int64_t pixel_step,
+                 int64_t channels, int64_t pixels) {
   constexpr int64_t NR = Panel<T>::NR;
   for (int64_t p = 0; p < pixels; ++p, src += pixel_step) {
-    T* to = dst + p * NR;
+    T* to = dst + p * lanes;
     int64_t c = 0;
     for (; c + NR <= channels; c += NR, to += strip_step) widen_run(to, src + c, NR);
     if (c == channels) continue;
     widen_run(to, src + c, channels - c);
-    std::fill(to + channels - c, to + NR, T(0));
+    std::fill(to + channels - c, to + lanes, T(0));
   }
 }
 
-// dy of `channels` as strips: dst[strip · pixels · NR + pixel · NR + channel], zeros in the lanes
-// that have no channel.
+// dy of `channels` as strips of `lanes`: dst[strip · pixels · lanes + pixel · lanes + channel],
+// zeros in the lanes that have no channel.
 template <class S>
-void pack_grad_band(Compute<S>* dst, const S* dy, const int64_t stride[4], int64_t out_columns,
-                    const BandRange& band, Range channels) {
-  using T = Compute<S>;
-  constexpr int64_t NR = Panel<T>::NR;
+void pack_grad_band(Compute<S>* dst, int64_t lanes, const S* dy, const int64_t stride[4],
+                    int64_t out_columns, const BandRange& band, Range channels) {
   const int64_t pixels = band.pixels();
   // Rows that run on into each other are one.
   const bool joined = band.column.count == out_columns && stride[2] == out_columns * stride[3];
@@ -45,17 +43,17 @@ void pack_grad_band(Compute<S>* dst, const S* dy, const int64_t stride[4], int64
     for (int64_t r = 0; r < rows; ++r) {
       const S* from = dy + (band.image.begin + n) * stride[0] + channels.begin * stride[1] +
                       (band.row.begin + r) * stride[2] + band.column.begin * stride[3];
-      T* to = dst + (n * rows + r) * run * NR;
+      auto* to = dst + (n * rows + r) * run * lanes;
       if (stride[1] == 1) {
-        copy_strips(to, pixels * NR, from, stride[3], channels.count, run);
+        copy_strips(to, lanes, pixels * lanes, from, stride[3], channels.count, run);
         continue;
       }
-      for (int64_t o = 0; o < channels.count; o += NR) {
-        const int64_t width = std::min(NR, channels.count - o);
-        T* strip = to + o * pixels;
-        transpose(strip, NR, from + o * stride[1], stride[1], stride[3], width, run);
-        for (int64_t p = 0; width < NR && p < run; ++p)
-          std::fill(strip + p * NR + width, strip + (p + 1) * NR, T(0));
+      for (int64_t o = 0; o < channels.count; o += lanes) {
+        const int64_t width = std::min(lanes, channels.count - o);
+        auto* strip = to + o * pixels;
+        transpose(strip, lanes, from + o * stride[1], stride[1], stride[3], width, run);
+        for (int64_t p = 0; width < lanes && p < run; ++p)
+          std::fill(strip + p * lanes + width, strip + (p + 1) * lanes, Compute<S>(0));
       }
     }
   }
@@ -84,7 +82,7 @@ class ImageBandPacker {
   using T = Compute<S>;
   const WeightGradPlan<T>& plan;
   const BandWindow& window;
-  int64_t channels, image_rows, pitch;
+  int64_t channels, image_rows, pitch, channel_step;
 
   void pack(T* dst, const S* x, const int64_t stride[4], Range images) const {
     const Span rows = window.row_span, columns = window.column_span;
@@ -131,13 +129,12 @@ class ImageBandPacker {
       }
       return;
     }
-    const int64_t ldd = plan.channel_step();
     const bool whole = row != nullptr && w0 >= 0 && w0 + (width - 1) * step < extent;
     if (whole && stride[1] == 1 && channels > 1) {
-      transpose(dst, ldd, row + w0 * stride[3], step * stride[3], 1, width, channels);
+      transpose(dst, channel_step, row + w0 * stride[3], step * stride[3], 1, width, channels);
       return;
     }
-    for (int64_t c = 0; c < channels; ++c, dst += ldd) {
+    for (int64_t c = 0; c < channels; ++c, dst += channel_step) {
       if (row == nullptr) {
         std::fill(dst, dst + width, T(0));
       } else if (whole && step * stride[3] == 1) {

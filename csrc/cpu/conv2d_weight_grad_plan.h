@@ -65,11 +65,14 @@ struct Axis {
   }
 };
 
-// Sizes of a band in output pixels.
+// Sizes of a band in output pixels. A sum is one chain over a band's pixels, then over the bands:
+// a short sum has several bands too, so that its rounding errors do not all pile up in one chain.
 struct Band {
   int64_t images, rows, columns;
 
   Band(const Conv2dShape& s, int64_t most_pixels) {
+    const int64_t all = s.batch * s.out_height * s.out_width;
+    most_pixels = std::min(most_pixels, std::max<int64_t>(64, all / 4));
     columns = equal_length(s.out_width, most_pixels);
     rows = equal_length(s.out_height, most_pixels / columns);
     const bool whole = columns == s.out_width && rows == s.out_height;
@@ -165,7 +168,9 @@ struct WeightGradPlan {
     if (lanes) return ceil_div(block[0], NR) * strip_step();
     return pixel_major ? packed_pixels() * channels : block[1] * channel_step();
   }
-  int64_t grad_elements() const { return band.pixels() * round_up(block[0], NR); }
+  // Elements from pixel to pixel of a strip of dy.
+  int64_t grad_step() const { return block[0] > kLanes<T> ? NR : kLanes<T>; }
+  int64_t grad_elements() const { return band.pixels() * round_up(block[0], grad_step()); }
   int64_t sum_columns() const { return round_up(block[0], NR); }
   int64_t sum_elements() const { return block[1] * block[2] * block[3] * sum_columns(); }
   int64_t scratch_bytes() const {
@@ -180,7 +185,7 @@ struct WeightGradPlan {
   // Whether the lanes of one group are mostly idle, and those of several find their channels close
   // enough together (see LanePacker).
   static bool lanes_pay(int64_t out, int64_t in) {
-    return 2 * out <= kLanes<T> && (out == 1 || ceil_div(kLanes<T>, out) * in <= 2 * kLanes<T>);
+    return 4 * out <= kLanes<T> && (out == 1 || ceil_div(kLanes<T>, out) * in <= 2 * kLanes<T>);
   }
   bool reads_outside() const {
     for (int a = 0; a < 2; ++a) {
