@@ -155,8 +155,8 @@ class BlockSum {
         const int64_t length = std::min(most, count - e);
         if constexpr (std::is_same_v<D, T>) {
           D* to = row(out_.begin + o);
-          transpose(to + first + e, row(out_.begin + o + 1) - to, from + e * ldc_ + o, ldc_, 1, length,
-                    width);
+          transpose(to + first + e, row(out_.begin + o + 1) - to, from + e * ldc_ + o, ldc_, 1,
+                    length, width);
           continue;
         }
         transpose(turned, most, from + e * ldc_ + o, ldc_, 1, length, width);
@@ -186,8 +186,8 @@ class BlockSum {
       const Tiles<T> tiles(offsets_.size(), plan_.lanes ? Side::lanes : Side::broadcast,
                            out_.count - o);
       tiles.for_each([&](int64_t e, TileKernel<T> kernel) {
-        kernel(image, offsets_.data() + e, grad, loops, sums_ + e * ldc_ + o, ldc_, accumulate, next(),
-               fetch_lines(left--, loops));
+        kernel(image, offsets_.data() + e, grad, loops, sums_ + e * ldc_ + o, ldc_, accumulate,
+               next(), fetch_lines(left--, loops));
       });
     }
   }

@@ -22,7 +22,8 @@ class Prefetcher {
     next_ = reinterpret_cast<const char*>(data);
     for (int d = 0; d < 4; ++d) next_ += range[d].begin * stride[d] * size;
     if (stride[1] == 1 && stride[3] == range[1].count) {  // rows of whole pixels
-      set({range[0].count, range[2].count, 1}, {stride[0], stride[2], 0}, columns * stride[3], size);
+      set({range[0].count, range[2].count, 1}, {stride[0], stride[2], 0}, columns * stride[3],
+          size);
     } else if (stride[1] == 1) {  // pixels
       set({range[0].count, range[2].count, columns}, {stride[0], stride[2], stride[3]},
           range[1].count, size);

@@ -71,7 +71,8 @@ void tile_kernel(const T* x, const int64_t* offset, const T* dy, const PixelLoop
       const T *xk = x_row, *dyk = dy_row;
       for (int64_t left = inner.count; left > 0; left -= PixelLoops::kFetchPixels) {
         next.fetch(lines);
-        for (int64_t k = std::min(left, PixelLoops::kFetchPixels); k > 0; --k, xk += inner.x, dyk += inner.dy) {
+        const int64_t some = std::min(left, PixelLoops::kFetchPixels);
+        for (int64_t k = some; k > 0; --k, xk += inner.x, dyk += inner.dy) {
           Vec<T> b[Vectors];
           for (int v = 0; v < Vectors; ++v) b[v] = load(dyk + v * L);
 #pragma GCC unroll 32
