@@ -15,6 +15,8 @@
 namespace pyvit {
 namespace {
 
+using namespace weight_gradient;
+
 // One block of dw: some output channels, channels and taps of a group, summed over some bands.
 template <class S>
 class BlockSum {

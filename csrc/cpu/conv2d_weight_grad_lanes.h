@@ -4,7 +4,7 @@
 
 #include "conv2d_weight_grad_pack.h"
 
-namespace pyvit {
+namespace pyvit::weight_gradient {
 
 // dst[l] = src[index[l]] for l < kLanes<T>; `within` says that all indices are below kLanes<T>.
 template <class T>
@@ -150,4 +150,4 @@ class LanePacker {
   }
 };
 
-}  // namespace pyvit
+}  // namespace pyvit::weight_gradient

@@ -4,7 +4,7 @@
 #include "conv2d_weight_grad_plan.h"
 #include "transpose.h"
 
-namespace pyvit {
+namespace pyvit::weight_gradient {
 
 // Where a band lies in the output.
 struct BandRange {
@@ -146,4 +146,4 @@ class ImageBandPacker {
   }
 };
 
-}  // namespace pyvit
+}  // namespace pyvit::weight_gradient

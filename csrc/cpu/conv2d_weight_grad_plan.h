@@ -12,7 +12,7 @@
 #include "gemm.h"
 #include "patches.h"
 
-namespace pyvit {
+namespace pyvit::weight_gradient {
 
 struct Range {
   int64_t begin, count;
@@ -244,4 +244,4 @@ struct WeightGradPlan {
   }
 };
 
-}  // namespace pyvit
+}  // namespace pyvit::weight_gradient

@@ -9,7 +9,7 @@
 
 #include "conv2d_weight_grad_plan.h"
 
-namespace pyvit {
+namespace pyvit::weight_gradient {
 
 // The cache lines of a rectangle of a tensor: images × channels × rows × columns.
 class Prefetcher {
@@ -68,4 +68,4 @@ class Prefetcher {
   int64_t bytes_ = 0, offset_ = 0, lines_ = 0;
 };
 
-}  // namespace pyvit
+}  // namespace pyvit::weight_gradient

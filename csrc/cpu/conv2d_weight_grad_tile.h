@@ -9,7 +9,7 @@
 #include "conv2d_weight_grad_prefetch.h"
 #include "gemm.h"
 
-namespace pyvit {
+namespace pyvit::weight_gradient {
 
 // `count` pixels, so many elements apart in the image and in the gradient.
 struct PixelLoop {
@@ -102,7 +102,7 @@ using TileKernel = void (*)(const T*, const int64_t*, const T*, const PixelLoops
 // Rows of the tallest tile of one or two vectors. Two fill the registers; one has more rows than
 // the arithmetic units are deep, and more would run out of registers for their addresses.
 template <class T>
-inline constexpr int kTileRows[3] = {0, kVectorBytes == 64 ? 12 : 8, Panel<T>::MR};
+inline constexpr int kSumRows[3] = {0, kVectorBytes == 64 ? 12 : 8, Panel<T>::MR};
 
 template <class T, Side side, int Vectors, int... Rows>
 constexpr auto tile_kernel_table(std::integer_sequence<int, Rows...>) {
@@ -110,7 +110,7 @@ constexpr auto tile_kernel_table(std::integer_sequence<int, Rows...>) {
 }
 template <class T, Side side, int Vectors>
 inline constexpr auto kTileKernels = tile_kernel_table<T, side, Vectors>(
-    std::make_integer_sequence<int, kTileRows<T>[Vectors]>{});
+    std::make_integer_sequence<int, kSumRows<T>[Vectors]>{});
 
 // Tiles of nearly equal height for any number of rows, and `width` lanes of dy.
 template <class T>
@@ -138,11 +138,11 @@ class Tiles {
   }
 
  private:
-  int64_t height() const { return kTileRows<T>[vectors_]; }
+  int64_t height() const { return kSumRows<T>[vectors_]; }
   int64_t rows_;
   int vectors_;
   int64_t count_;
   const TileKernel<T>* kernels_;
 };
 
-}  // namespace pyvit
+}  // namespace pyvit::weight_gradient
