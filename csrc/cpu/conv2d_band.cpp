@@ -98,7 +98,7 @@ class Worker {
       const auto& taps = phases_[p].source.taps;
       const int64_t rows = taps[0].size() * taps[1].size() * channel_count_;
       if (rows == 0) continue;
-      pack_weights<T>({to, first_channel_, width_, channel_, channel_count_, rows},
+      pack_weights<T>({{to, rows, width_}, first_channel_, channel_, channel_count_},
                       phases_[p].weights, taps, places_[p], kernel_columns_);
       to += rows * round_up(width_, L);
     }

@@ -1,16 +1,17 @@
-// Three GEMMs (gemm.h), E = C·kh·kw being a patch's size:
+// Three products (panel_product.h), E = C·kh·kw being a patch's size:
 //
 //   tokens[p, d]  = Σ_e patch[p, e] · w[d, e]      A: patches, B: weights, transposed by blocks
 //   dpatch[p, e]  = Σ_d grad[p, d] · w[d, e]       A: tokens,  B: weights, as they lie
 //   dw[d, e]      = Σ_p grad[p, d] · patch[p, e]   A: tokens, transposed by blocks, B: patches
 //
-// Patches are normalised while they are packed (patch_embed_panels.h). The epilogues add bias and
-// position and write the class token, or scatter dpatch as pixels: patches that do not overlap
-// never share one.
+// Patches are normalised while they are packed (patch_embed_panels.h). Tokens start as bias and
+// position, and sums are added to them where they lie; dpatch is scattered as pixels: patches that
+// do not overlap never share one.
 #include "patch_embed.h"
 
 #include <cstring>
 
+#include "panel_product.h"
 #include "patch_embed_panels.h"
 #include "split_sum.h"
 
@@ -19,42 +20,62 @@ namespace {
 
 // ---- forward ------------------------------------------------------------------------------
 
-template <class S>
-struct TokenWriter {
-  S* data;
-  int64_t embed_dim, grid[2];
-  const S* bias;
-  const S* position;
-  const S* class_token;
+template <class S, class I>
+struct Forward {
+  using T = Compute<S>;
+  const Patches<T, I>& patches;
+  const Weight<const S>& w;
+  S* tokens;
+  int64_t embed_dim, per_image;
+  const S *bias, *position, *class_token;
+  int64_t k_begin, k_end;
 
-  // Columns [n0, n0 + nb) of the row: value + bias + position.
-  void write(int64_t image, int64_t token, const Compute<S>* value, const Compute<S>* bias_line,
-             int64_t n0, int64_t nb) const {
-    using T = Compute<S>;
-    const int64_t tokens = grid[0] * grid[1] + (class_token != nullptr);
-    T line[Panel<T>::NB];
-    for (int64_t j = 0; j < nb; ++j) line[j] = value[j] + bias_line[j];
-    if (position != nullptr) {
-      T add[Panel<T>::NB];
-      widen_run(add, position + token * embed_dim + n0, nb);
-      for (int64_t j = 0; j < nb; ++j) line[j] += add[j];
-    }
-    narrow_run(data + (image * tokens + token) * embed_dim + n0, line, nb);
+  int64_t skipped() const { return class_token != nullptr; }
+  S* row(int64_t image, int64_t token) const {
+    return tokens + (image * (per_image + skipped()) + token) * embed_dim;
   }
 
-  void operator()(const Compute<S>* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0,
-                  int64_t nb) const {
-    using T = Compute<S>;
-    T bias_line[Panel<T>::NB] = {}, class_line[Panel<T>::NB] = {};
-    const T none[Panel<T>::NB] = {};
-    if (bias != nullptr) widen_run(bias_line, bias + n0, nb);
-    if (class_token != nullptr) widen_run(class_line, class_token + n0, nb);
-    for_each_run(grid, m0, mb, [&](const PixelRun& run) {
-      const int64_t first = run.row * grid[1] + run.column + (class_token != nullptr);
-      // Whoever writes an image's first patch writes its class token.
-      if (class_token != nullptr && first == 1) write(run.image, 0, class_line, none, n0, nb);
-      for (int64_t t = 0; t < run.count; ++t)
-        write(run.image, first + t, c + (run.at + t) * ldc, bias_line, n0, nb);
+  void pack_a(T* to, int64_t pitch, int64_t m0, int64_t mb, int64_t k0, int64_t kb) const {
+    patches.read(m0, mb, k0, k0 + kb, RowTarget<T>{to, pitch, k0});
+  }
+  void pack_b(const Strips<T>& to, int64_t n0, int64_t k0) const {
+    pack_weight_columns<S>(to, w, patches.layout, n0, k0);
+  }
+
+  template <class F>
+  void for_each_piece(int64_t m0, int64_t mb, int64_t n0, const F& f) const {
+    for_each_image(per_image, m0, mb, [&](int64_t image, int64_t patch, int64_t at, int64_t count) {
+      // In place only where S is T.
+      f(at, count, reinterpret_cast<T*>(row(image, patch + skipped())) + n0, embed_dim);
+    });
+  }
+
+  // c = bias + position; whoever computes an image's first patch writes its class token too.
+  void start(T* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0, int64_t nb) const {
+    T first[ProductPlan<T>::kColumns] = {};
+    if (bias != nullptr) widen_run(first, bias + n0, nb);
+    for_each_image(per_image, m0, mb, [&](int64_t image, int64_t patch, int64_t at, int64_t count) {
+      for (int64_t t = 0; t < count; ++t)
+        add_position(c + (at + t) * ldc, first, patch + t + skipped(), n0, nb);
+      if (patch == 0 && class_token != nullptr) write_class_token(image, n0, nb);
+    });
+  }
+  void write_class_token(int64_t image, int64_t n0, int64_t nb) const {
+    T line[ProductPlan<T>::kColumns];
+    widen_run(line, class_token + n0, nb);
+    add_position(line, line, 0, n0, nb);
+    narrow_run(row(image, 0) + n0, line, nb);
+  }
+  void add_position(T* to, const T* from, int64_t token, int64_t n0, int64_t nb) const {
+    if (position == nullptr) return widen_run(to, from, nb);
+    const S* add = position + token * embed_dim + n0;
+    for (int64_t j = 0; j < nb; ++j) to[j] = from[j] + widen(add[j]);
+  }
+
+  void finish(const T* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0, int64_t nb) const {
+    for_each_image(per_image, m0, mb, [&](int64_t image, int64_t patch, int64_t at, int64_t count) {
+      for (int64_t t = 0; t < count; ++t)
+        narrow_run(row(image, patch + t + skipped()) + n0, c + (at + t) * ldc, nb);
     });
   }
 };
@@ -65,61 +86,58 @@ void forward(const PatchEmbedShape& s, View4 image, Normalisation normalisation,
   using T = Compute<S>;
   const Patches<T, I> patches(s, image, normalisation);
   const Weight<const S> w(s, weight, patches.layout);
-  const TokenWriter<S> writer{static_cast<S*>(tokens),
-                              s.embed_dim,
-                              {s.grid[0], s.grid[1]},
-                              static_cast<const S*>(terms.bias),
-                              static_cast<const S*>(terms.position),
-                              static_cast<const S*>(terms.class_token)};
-  const int64_t K = s.channels * s.kernel[0] * s.kernel[1];
-  const BlockGrid<T> blocks(s.batch * s.grid[0] * s.grid[1], s.embed_dim);
-  parallel_for(blocks.tasks(), [&](int64_t task) {
-    gemm_block<T>(
-        blocks.m0(task), blocks.height(task), blocks.n0(task), blocks.width(task), 0, K,
-        [&](T* a, int64_t m, int64_t rows, int64_t k0, int64_t kb) {
-          pack_patch_rows(a, patches, m, rows, k0, kb);
-        },
-        [&](T* b, int64_t k0, int64_t kb, int64_t n, int64_t columns) {
-          pack_weight_columns<S>(b, w, patches.layout, k0, kb, n, columns);
-        },
-        writer);
-  });
+  const int64_t per_image = s.grid[0] * s.grid[1], E = s.channels * s.kernel[0] * s.kernel[1];
+  // A tile in place ends where an image does: with few patches in one it would be nearly empty.
+  const bool in_place = std::is_same_v<S, T> && s.embed_dim % kLanes<T> == 0 &&
+                        per_image >= 2 * RowTile<T>::pixels;
+  run_product(ProductPlan<T>(s.batch * per_image, s.embed_dim, E, in_place),
+              Forward<S, I>{patches,
+                            w,
+                            static_cast<S*>(tokens),
+                            s.embed_dim,
+                            per_image,
+                            static_cast<const S*>(terms.bias),
+                            static_cast<const S*>(terms.position),
+                            static_cast<const S*>(terms.class_token),
+                            0,
+                            E});
 }
 
 // ---- image gradient -----------------------------------------------------------------------
 
 template <class S>
-struct PixelWriter {
-  S* data;
-  PatchLayout layout;
-  ChannelTable<Compute<S>> table;
+struct ImageGrad {
+  using T = Compute<S>;
+  TokenView grad;
+  const Weight<const S>& w;
+  S* pixels;
+  const PatchLayout& layout;
+  const ChannelTable<T>& table;
+  int64_t k_begin, k_end;
 
-  void operator()(const Compute<S>* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0,
-                  int64_t nb) const {
-    const int64_t step = layout.step[1], stride = layout.image_stride[3];
+  void pack_a(T* to, int64_t pitch, int64_t m0, int64_t mb, int64_t k0, int64_t kb) const {
+    pack_token_rows<S>(to, pitch, grad, layout.grid[0] * layout.grid[1], m0, mb, k0, kb);
+  }
+  void pack_b(const Strips<T>& to, int64_t n0, int64_t k0) const {
+    pack_weight_rows<S>(to, w, n0, k0);
+  }
+  void start(T* c, int64_t ldc, int64_t, int64_t mb, int64_t, int64_t) const {
+    std::fill(c, c + mb * ldc, T(0));
+  }
+  template <class F>
+  void for_each_piece(int64_t, int64_t, int64_t, const F&) const {}  // never in place
+
+  void finish(const T* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0, int64_t nb) const {
+    const int64_t step = layout.step[1] * layout.image_stride[3];
     for_each_run(layout.grid, m0, mb, [&](const PixelRun& run) {
       layout.for_each_segment(n0, n0 + nb, [&](const Segment& s) {
-        S* row = data + layout.offset(run, s);
-        const Compute<S>* from = c + run.at * ldc + (s.element - n0);
-        // Whole rows of touching patches make one line; other pieces are written one by one.
-        const int64_t fitting = s.count == step ? kLine / s.count : 1;
-        for (int64_t t = 0; t < run.count; t += fitting)
-          write(row + t * step * stride, from + t * ldc, ldc, std::min(fitting, run.count - t), s);
+        S* to = pixels + layout.offset(run, s);
+        const int64_t at = s.element - n0;
+        for (int64_t t = 0; t < run.count; ++t)
+          rescale_run(to + t * step, layout.image_stride[3], c + (run.at + t) * ldc + at, s.count,
+                      table.at(s));
       });
     });
-  }
-
- private:
-  void write(S* to, const Compute<S>* from, int64_t ldc, int64_t patches, const Segment& s) const {
-    Compute<S> line[kLine];
-    for (int64_t u = 0; u < patches; ++u) widen_run(line + u * s.count, from + u * ldc, s.count);
-    const int64_t n = patches * s.count, stride = layout.image_stride[3];
-    table.rescale(line, n, s);
-    if (stride == 1) {
-      narrow_run(to, line, n);
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i * stride] = narrow<S>(line[i]);
-    }
   }
 };
 
@@ -127,31 +145,20 @@ template <class S>
 void image_grad(const PatchEmbedShape& s, TokenView grad, View4 weight, const void* std,
                 View4 dimage) {
   using T = Compute<S>;
+  S* const pixels = static_cast<S*>(dimage.data);
   const PatchLayout layout(s, dimage);
-  const PixelWriter<S> writer{static_cast<S*>(dimage.data), layout,
-                              {s.channels, layout.interleaved, false, {nullptr, std}}};
+  const ChannelTable<T> table(layout, s.channels, false, {nullptr, std});
   const bool covered = s.stride[0] == s.kernel[0] && s.stride[1] == s.kernel[1] &&
                        s.grid[0] * s.kernel[0] == s.height && s.grid[1] * s.kernel[1] == s.width;
   const int64_t image_size = s.channels * s.height * s.width;
   if (!covered)
     parallel_for(s.batch, [&](int64_t image) {
-      std::memset(static_cast<void*>(writer.data + image * image_size), 0,
-                  image_size * sizeof(S));
+      std::memset(static_cast<void*>(pixels + image * image_size), 0, image_size * sizeof(S));
     });
   const Weight<const S> w(s, weight, layout);
-  const BlockGrid<T> blocks(s.batch * s.grid[0] * s.grid[1],
-                            s.channels * s.kernel[0] * s.kernel[1]);
-  parallel_for(blocks.tasks(), [&](int64_t task) {
-    gemm_block<T>(
-        blocks.m0(task), blocks.height(task), blocks.n0(task), blocks.width(task), 0, s.embed_dim,
-        [&](T* a, int64_t m, int64_t rows, int64_t k0, int64_t kb) {
-          pack_token_rows<S>(a, grad, s.grid, m, rows, k0, kb);
-        },
-        [&](T* b, int64_t k0, int64_t kb, int64_t n, int64_t columns) {
-          pack_weight_rows<S>(b, w, k0, kb, n, columns);
-        },
-        writer);
-  });
+  run_product(ProductPlan<T>(s.batch * s.grid[0] * s.grid[1],
+                             s.channels * s.kernel[0] * s.kernel[1], s.embed_dim, false),
+              ImageGrad<S>{grad, w, pixels, layout, table, 0, s.embed_dim});
 }
 
 // ---- weight gradient ----------------------------------------------------------------------
@@ -164,6 +171,42 @@ void store_weights(const Weight<S>& dw, int64_t d, int64_t e, const Compute<S>* 
 }
 
 template <class S, class I>
+struct WeightGrad {
+  using T = Compute<S>;
+  TokenView grad;
+  const Patches<T, I>& patches;
+  const Weight<S>& dw;
+  T* sums;  // rows of sums that lie in place, so far apart
+  int64_t pitch;
+  int64_t k_begin, k_end;
+
+  void pack_a(T* to, int64_t to_pitch, int64_t m0, int64_t mb, int64_t k0, int64_t kb) const {
+    const int64_t* grid = patches.layout.grid;
+    pack_token_columns<S>(to, to_pitch, grad, grid[0] * grid[1], m0, mb, k0, kb);
+  }
+  void pack_b(const Strips<T>& to, int64_t n0, int64_t k0) const {
+    patches.read(k0, to.rows, n0, n0 + to.width, StripTarget<T>{to, n0});
+    clear_last_lanes(to);
+  }
+  void start(T* c, int64_t ldc, int64_t, int64_t mb, int64_t, int64_t nb) const {
+    for (int64_t i = 0; i < mb; ++i) std::fill(c + i * ldc, c + i * ldc + nb, T(0));
+  }
+  template <class F>
+  void for_each_piece(int64_t m0, int64_t mb, int64_t n0, const F& f) const {
+    f(0, mb, sums + m0 * pitch + n0, pitch);
+  }
+  void finish(const T* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0, int64_t nb) const {
+    for (int64_t i = 0; i < mb; ++i, c += ldc) {
+      if (sums != nullptr) {
+        widen_run(sums + (m0 + i) * pitch + n0, c, nb);
+      } else {
+        store_weights(dw, m0 + i, n0, c, nb);
+      }
+    }
+  }
+};
+
+template <class S, class I>
 void weight_grad(const PatchEmbedShape& s, TokenView grad, View4 image,
                  Normalisation normalisation, View4 dweight) {
   using T = Compute<S>;
@@ -171,35 +214,24 @@ void weight_grad(const PatchEmbedShape& s, TokenView grad, View4 image,
   const int64_t D = s.embed_dim, E = s.channels * s.kernel[0] * s.kernel[1];
   const Weight<S> dw(s, dweight, patches.layout);
   const SplitSum<T> split(s.batch * s.grid[0] * s.grid[1], D * E);
-  const BlockGrid<T> blocks(D, E, split.parts);
-  const int64_t tasks = blocks.tasks();
-  parallel_for(tasks * split.parts, [&](int64_t task) {
-    const int64_t block = task % tasks, part = task / tasks;
-    gemm_block<T>(
-        blocks.m0(block), blocks.height(block), blocks.n0(block), blocks.width(block),
-        split.begin(part), split.end(part),
-        [&](T* a, int64_t m, int64_t rows, int64_t k0, int64_t kb) {
-          pack_token_columns<S>(a, grad, s.grid, m, rows, k0, kb);
-        },
-        [&](T* b, int64_t k0, int64_t kb, int64_t n, int64_t columns) {
-          pack_patch_strips(b, patches, k0, kb, n, columns);
-        },
-        [&](const T* c, int64_t ldc, int64_t m0, int64_t mb, int64_t n0, int64_t nb) {
-          for (int64_t i = 0; i < mb; ++i, c += ldc) {
-            if (split.parts > 1) {
-              widen_run(split.partial(part) + (m0 + i) * E + n0, c, nb);
-            } else {
-              store_weights(dw, m0 + i, n0, c, nb);
-            }
-          }
-        });
-  });
+  const bool straight = split.parts == 1 && std::is_same_v<S, T> && dw.contiguous;
+  const bool in_place = (straight || split.parts > 1) && E % kLanes<T> == 0;
+  int64_t longest = 0;
+  for (int64_t part = 0; part < split.parts; ++part)
+    longest = std::max(longest, split.end(part) - split.begin(part));
+  run_products(ProductPlan<T>(D, E, longest, in_place, split.parts), split.parts,
+               [&](int64_t part) {
+                 T* sums = split.parts > 1 ? split.partial(part)
+                           : straight      ? reinterpret_cast<T*>(dw.data)
+                                           : nullptr;
+                 return WeightGrad<S, I>{grad, patches, dw, sums, straight ? dw.stride[0] : E,
+                                         split.begin(part), split.end(part)};
+               });
   if (split.parts == 1) return;
   parallel_for(D, [&](int64_t d) {
-    for (int64_t e = 0; e < E; ++e) {
-      const T sum = split.sum(d * E + e);
-      store_weights(dw, d, e, &sum, 1);
-    }
+    split.sum_run(d * E, E, [&](int64_t e, const T* sums, int64_t count) {
+      store_weights(dw, d, e, sums, count);
+    });
   });
 }
 

@@ -1,5 +1,5 @@
-// Panels of the GEMM (gemm.h) that patch_embed.cpp packs: patches of images, normalised on the
-// way, weights, and tokens.
+// Panels of the products (panel_product.h) that patch_embed.cpp packs: patches of images,
+// normalised on the way, weights, and tokens.
 //
 // E = C·kh·kw is a patch's size. Its elements are ordered (c, i, j), or (i, j, c) where the image
 // is channels last: then pixels and channels of an image row are one run of memory, and the image
@@ -9,17 +9,23 @@
 #include <algorithm>
 #include <vector>
 
-#include "gemm.h"
 #include "patch_embed.h"
 #include "patches.h"
+#include "row_kernel.h"
 #include "transpose.h"
 
 namespace pyvit {
 
-// Elements of several patches are handled as one line of an image row; a segment of a patch row
-// is no longer than a panel, so that a line holds at least one.
-constexpr int64_t kLine = 1024;
-static_assert(Panel<float>::KC <= kLine && Panel<float>::NB <= kLine);
+// f(image, its first patch, at, count) for the patches [first, first + count) of a batch.
+template <class F>
+void for_each_image(int64_t per_image, int64_t first, int64_t count, const F& f) {
+  for (int64_t at = 0; at < count;) {
+    const int64_t patch = (first + at) % per_image;
+    const int64_t here = std::min(per_image - patch, count - at);
+    f((first + at) / per_image, patch, at, here);
+    at += here;
+  }
+}
 
 // A row of a patch, or the part of it in a range of elements; with channels last the channel is 0
 // and the column counts (j, c).
@@ -47,11 +53,14 @@ struct PatchLayout {
 
   template <class F>
   void for_each_segment(int64_t begin, int64_t end, const F& f) const {
-    for (int64_t e = begin; e < end;) {
-      const int64_t column = e % kernel[1];
-      const int64_t count = std::min(kernel[1] - column, end - e);
-      f(Segment{e / (kernel[0] * kernel[1]), e / kernel[1] % kernel[0], column, e, count});
-      e += count;
+    Segment s{begin / (kernel[0] * kernel[1]), begin / kernel[1] % kernel[0], begin % kernel[1],
+              begin, 0};
+    while (s.element < end) {
+      s.count = std::min(kernel[1] - s.column, end - s.element);
+      f(static_cast<const Segment&>(s));
+      s.element += s.count;
+      s.column = 0;
+      if (++s.row == kernel[0]) s.row = 0, ++s.channel;
     }
   }
 
@@ -63,52 +72,91 @@ struct PatchLayout {
   }
 };
 
-// normalised = (pixel - shift) · scale, by channel; repeated to the length of a line where
-// channels lie side by side.
+// normalised = (pixel - shift) · scale, by channel.
 template <class T>
 class ChannelTable {
+  static constexpr int64_t L = kLanes<T>;
+
  public:
-  ChannelTable(int64_t channels, int64_t interleaved, bool bytes, Normalisation normalisation)
-      : interleaved_(interleaved),
-        shift_(channels + (interleaved > 1 ? kLine : 0)),
-        scale_(shift_.size()) {
+  // Of the elements of a segment: element i has shift[i · advance] and scale[i · advance], and so
+  // have the L elements from it on.
+  struct Values {
+    const T *shift, *scale;
+    int64_t advance;
+  };
+
+  ChannelTable(const PatchLayout& layout, int64_t channels, bool bytes,
+               Normalisation normalisation)
+      : interleaved_(layout.interleaved),
+        size_(interleaved_ > 1 ? channels - 1 + layout.kernel[1] + L : channels * L),
+        table_(2 * size_) {
     const T* mean = static_cast<const T*>(normalisation.mean);
     const T* std = static_cast<const T*>(normalisation.std);
     const double unit = bytes ? 255 : 1;
-    for (int64_t c = 0; c < channels; ++c) {
-      shift_[c] = static_cast<T>(mean == nullptr ? 0 : unit * mean[c]);
-      scale_[c] = static_cast<T>(1 / (std == nullptr ? unit : unit * std[c]));
-    }
-    for (size_t i = channels; i < shift_.size(); ++i) {
-      shift_[i] = shift_[i - channels];
-      scale_[i] = scale_[i - channels];
+    for (int64_t i = 0; i < size_; ++i) {
+      const int64_t c = interleaved_ > 1 ? i % channels : i / L;
+      table_[i] = static_cast<T>(mean == nullptr ? 0 : unit * mean[c]);
+      table_[size_ + i] = static_cast<T>(1 / (std == nullptr ? unit : unit * std[c]));
     }
   }
 
-  void normalise(T* line, int64_t n, const Segment& s) const {
-    if (interleaved_ > 1) {
-      const T* shift = shift_.data() + s.column % interleaved_;
-      const T* scale = scale_.data() + s.column % interleaved_;
-      for (int64_t i = 0; i < n; ++i) line[i] = (line[i] - shift[i]) * scale[i];
-    } else {
-      const T shift = shift_[s.channel], scale = scale_[s.channel];
-      for (int64_t i = 0; i < n; ++i) line[i] = (line[i] - shift) * scale;
-    }
-  }
-  void rescale(T* line, int64_t n, const Segment& s) const {
-    if (interleaved_ > 1) {
-      const T* scale = scale_.data() + s.column % interleaved_;
-      for (int64_t i = 0; i < n; ++i) line[i] *= scale[i];
-    } else {
-      const T scale = scale_[s.channel];
-      for (int64_t i = 0; i < n; ++i) line[i] *= scale;
-    }
+  Values at(const Segment& s) const {
+    const int64_t first = interleaved_ > 1 ? s.column % interleaved_ : s.channel * L;
+    return {table_.data() + first, table_.data() + size_ + first, interleaved_ > 1};
   }
 
  private:
-  int64_t interleaved_;
-  std::vector<T> shift_, scale_;
+  int64_t interleaved_, size_;
+  std::vector<T> table_;
 };
+
+template <class T, class I>
+inline Vec<T> widen_vector(const I* src) {
+  T lanes[kLanes<T>];
+  widen_run(lanes, src, kLanes<T>);
+  return load(static_cast<const T*>(lanes));
+}
+// The same for n elements, at most a vector, `stride` apart; no other is touched.
+template <class T, class I>
+inline Vec<T> widen_part(const I* src, int64_t stride, int64_t n) {
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = widen(src[i * stride]);
+  return load(static_cast<const T*>(lanes));
+}
+
+// The first n lanes, or all where there are fewer.
+template <class T>
+inline void store_some(T* dst, Vec<T> v, int64_t n) {
+  if (n >= kLanes<T>) return store(dst, v);
+#if defined(PYVIT_HAS_LANE_MASKS)
+  if constexpr (std::is_same_v<T, float>) return store_masked(dst, lanes_between(0, n), v);
+#endif
+  for (int64_t i = 0; i < n; ++i) dst[i] = v[i];
+}
+
+// dst[i · stride] = src[i] times the scale, i < n; a whole vector may be read from any of them.
+template <class S, class T>
+inline void rescale_run(S* dst, int64_t stride, const T* src, int64_t n,
+                        const typename ChannelTable<T>::Values& by) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t i = 0; i < n; i += L) {
+    const Vec<T> v = load(src + i) * load(by.scale + i * by.advance);
+    const int64_t count = std::min(L, n - i);
+    if constexpr (std::is_same_v<S, T>) {
+      if (stride == 1) {
+        store_some(dst + i, v, count);
+        continue;
+      }
+    }
+    T lanes[L];
+    store(lanes, v);
+    if (stride == 1) {
+      narrow_run(dst + i, lanes, count);
+    } else {
+      for (int64_t j = 0; j < count; ++j) dst[(i + j) * stride] = narrow<S>(lanes[j]);
+    }
+  }
+}
 
 // The patches of a batch of images, I being the type of a pixel.
 template <class T, class I>
@@ -120,61 +168,79 @@ struct Patches {
   Patches(const PatchEmbedShape& s, View4 image, Normalisation normalisation)
       : data(static_cast<const I*>(image.data)),
         layout(s, image),
-        table(s.channels, layout.interleaved, std::is_same_v<I, uint8_t>, normalisation) {}
+        table(layout, s.channels, std::is_same_v<I, uint8_t>, normalisation) {}
 
-  // place(p, e, from, n): elements [e, e + n) of patch first + p are from[0 : n].
-  template <class Place>
-  void read(int64_t first, int64_t count, int64_t begin, int64_t end, const Place& place) const {
-    const int64_t step = layout.step[1], stride = layout.image_stride[3];
-    T line[kLine];
+  // Element e of patch first + i goes to to(e)[i · pitch(e)], and those after it, as many as
+  // room(e), behind it.
+  template <class Target>
+  void read(int64_t first, int64_t count, int64_t begin, int64_t end, const Target& target) const {
     for_each_run(layout.grid, first, count, [&](const PixelRun& run) {
-      layout.for_each_segment(begin, end, [&](const Segment& s) {
-        const I* row = data + layout.offset(run, s);
-        // Side by side or overlapping, as many as fit one line; with wide gaps, one by one.
-        const int64_t fitting = step < 2 * s.count ? 1 + (kLine - s.count) / step : 1;
-        for (int64_t t = 0; t < run.count; t += fitting) {
-          const int64_t here = std::min(fitting, run.count - t);
-          const int64_t length = (here - 1) * step + s.count;
-          const I* from = row + t * step * stride;
-          if (stride == 1) {
-            widen_run(line, from, length);
-          } else {
-            for (int64_t i = 0; i < length; ++i) line[i] = widen(from[i * stride]);
-          }
-          table.normalise(line, length, s);
-          for (int64_t u = 0; u < here; ++u)
-            place(run.at + t + u, s.element, line + u * step, s.count);
+      layout.for_each_segment(begin, end, [&](Segment s) {
+        for (int64_t left = s.count; left > 0; left -= s.count) {
+          s.count = std::min(left, target.room(s.element));
+          const int64_t pitch = target.pitch(s.element);
+          copy(target.to(s.element) + run.at * pitch, pitch, run, s);
+          s.element += s.count;
+          s.column += s.count;
         }
       });
     });
   }
+
+ private:
+  // A vector of each patch at a time, whose shift and scale then stay in registers.
+  void copy(T* to, int64_t pitch, const PixelRun& run, const Segment& s) const {
+    constexpr int64_t L = kLanes<T>;
+    const int64_t stride = layout.image_stride[3], step = layout.step[1] * stride;
+    const typename ChannelTable<T>::Values values = table.at(s);
+    const I* from = data + layout.offset(run, s);
+    for (int64_t i = 0; i < s.count; i += L, from += L * stride, to += L) {
+      const Vec<T> shift = load(values.shift + i * values.advance);
+      const Vec<T> scale = load(values.scale + i * values.advance);
+      const int64_t n = std::min(L, s.count - i);
+      // Vectors may reach into the next patch, but not beyond the last.
+      const int64_t last = stride == 1 ? (run.count - 1) * step + n - L : -1;
+      int64_t t = 0;
+      for (; t < run.count && t * step <= last; ++t)
+        store_some(to + t * pitch, (widen_vector<T>(from + t * step) - shift) * scale, n);
+      for (; t < run.count; ++t) {
+        const Vec<T> v = widen_part<T>(from + t * step, stride, n);
+        store_some(to + t * pitch, (v - shift) * scale, n);
+      }
+    }
+  }
 };
 
 // A[p, e]
-template <class T, class I>
-void pack_patch_rows(T* dst, const Patches<T, I>& patches, int64_t m0, int64_t mb, int64_t k0,
-                     int64_t kb) {
-  patches.read(m0, mb, k0, k0 + kb, [&](int64_t p, int64_t e, const T* from, int64_t n) {
-    widen_run(dst + p * Panel<T>::lda + (e - k0), from, n);
-  });
-}
+template <class T>
+struct RowTarget {
+  T* data;
+  int64_t row_pitch, begin;
 
-// B[p, e], in strips of NR elements
-template <class T, class I>
-void pack_patch_strips(T* dst, const Patches<T, I>& patches, int64_t k0, int64_t kb, int64_t n0,
-                       int64_t nb) {
-  constexpr int64_t NR = Panel<T>::NR;
-  patches.read(k0, kb, n0, n0 + nb, [&](int64_t p, int64_t e, const T* from, int64_t n) {
-    for (int64_t j = e - n0, last = j + n; j < last;) {
-      const int64_t count = std::min(NR - j % NR, last - j);
-      widen_run(dst + j / NR * kb * NR + p * NR + j % NR, from, count);
-      from += count;
-      j += count;
-    }
-  });
-  if (nb % NR == 0) return;
-  T* last = dst + nb / NR * kb * NR;
-  for (int64_t k = 0; k < kb; ++k) std::fill(last + k * NR + nb % NR, last + (k + 1) * NR, T(0));
+  T* to(int64_t e) const { return data + e - begin; }
+  int64_t pitch(int64_t) const { return row_pitch; }
+  int64_t room(int64_t) const { return INT64_MAX; }
+};
+
+// B[p, e]
+template <class T>
+struct StripTarget {
+  Strips<T> strips;
+  int64_t begin;
+
+  T* to(int64_t e) const { return strips.at(0, e - begin); }
+  int64_t pitch(int64_t e) const { return strips.lanes(e - begin); }
+  int64_t room(int64_t e) const { return strips.strip - (e - begin) % strips.strip; }
+};
+
+// Zeros in the lanes of the last strip that no column has.
+template <class T>
+void clear_last_lanes(const Strips<T>& strips) {
+  const int64_t used = (strips.width - 1) % strips.strip + 1;
+  const int64_t lanes = strips.lanes(strips.width - 1);
+  T* last = strips.at(0, strips.width - used);
+  for (int64_t k = 0; used < lanes && k < strips.rows; ++k)
+    std::fill(last + k * lanes + used, last + (k + 1) * lanes, T(0));
 }
 
 // w[d, e]: the offset of element e in a row, in the order of the image's patches.
@@ -204,82 +270,73 @@ struct Weight {
   int64_t offset(int64_t e) const { return contiguous ? e : offsets[e]; }
 };
 
-// B[e, d] = w[d, e]
+// B[e, d] = w[d, e], from element e0 and feature d0 on
 template <class S>
-void pack_weight_columns(Compute<S>* dst, const Weight<const S>& w, const PatchLayout& layout,
-                         int64_t k0, int64_t kb, int64_t n0, int64_t nb) {
-  constexpr int64_t NR = Panel<Compute<S>>::NR;
+void pack_weight_columns(const Strips<Compute<S>>& to, const Weight<const S>& w,
+                         const PatchLayout& layout, int64_t d0, int64_t e0) {
   const int64_t C = w.interleaved;
-  for (int64_t j = 0; j < nb; j += NR, dst += kb * NR) {
-    const int64_t width = std::min(NR, nb - j);
-    const S* from = w.data + (n0 + j) * w.stride[0];
+  for (int64_t j = 0; j < to.width; j += to.strip) {
+    const int64_t width = std::min(to.strip, to.width - j), lanes = to.lanes(j);
+    const S* from = w.data + (d0 + j) * w.stride[0];
     if (w.contiguous) {
-      transpose(dst, NR, from + k0, w.stride[0], 1, width, kb);
-    } else {
-      // A row of one channel's kernel lies side by side in memory, C apart in the patch.
-      layout.for_each_segment(k0, k0 + kb, [&](const Segment& s) {
-        for (int64_t e = s.element; e < std::min(s.element + C, s.element + s.count); ++e)
-          transpose(dst + (e - k0) * NR, C * NR, from + w.offset(e), w.stride[0], w.stride[3],
-                    width, ceil_div(s.element + s.count - e, C));
-      });
+      transpose(to.at(0, j), lanes, from + e0, w.stride[0], 1, width, to.rows);
+      continue;
     }
-    for (int64_t k = 0; width < NR && k < kb; ++k)
-      std::fill(dst + k * NR + width, dst + (k + 1) * NR, Compute<S>(0));
+    // A row of one channel's kernel lies side by side in memory, C apart in the patch.
+    layout.for_each_segment(e0, e0 + to.rows, [&](const Segment& s) {
+      for (int64_t e = s.element; e < std::min(s.element + C, s.element + s.count); ++e)
+        transpose(to.at(e - e0, j), C * lanes, from + w.offset(e), w.stride[0], w.stride[3], width,
+                  ceil_div(s.element + s.count - e, C));
+    });
   }
+  clear_last_lanes(to);
 }
 
-// B[d, e] = w[d, e]
+// B[d, e] = w[d, e], from feature d0 and element e0 on
 template <class S>
-void pack_weight_rows(Compute<S>* dst, const Weight<const S>& w, int64_t k0, int64_t kb, int64_t n0,
-                      int64_t nb) {
-  using T = Compute<S>;
-  constexpr int64_t NR = Panel<T>::NR;
-  for (int64_t j = 0; j < nb; j += NR, dst += kb * NR) {
-    const int64_t width = std::min(NR, nb - j);
-    for (int64_t k = 0; k < kb; ++k) {
-      const S* from = w.data + (k0 + k) * w.stride[0];
-      T* row = dst + k * NR;
+void pack_weight_rows(const Strips<Compute<S>>& to, const Weight<const S>& w, int64_t e0,
+                      int64_t d0) {
+  for (int64_t k = 0; k < to.rows; ++k) {
+    const S* from = w.data + (d0 + k) * w.stride[0];
+    for (int64_t j = 0; j < to.width; j += to.strip) {
+      const int64_t width = std::min(to.strip, to.width - j);
+      Compute<S>* row = to.at(k, j);
       if (w.contiguous) {
-        widen_run(row, from + n0 + j, width);
+        widen_run(row, from + e0 + j, width);
       } else {
-        const int64_t* offset = w.offsets.data() + n0 + j;
+        const int64_t* offset = w.offsets.data() + e0 + j;
         for (int64_t i = 0; i < width; ++i) row[i] = widen(from[offset[i]]);
       }
-      std::fill(row + width, row + NR, T(0));
     }
   }
+  clear_last_lanes(to);
 }
 
-// A[p, d]
+// A[p, d], from patch m0 and feature k0 on
 template <class S>
-void pack_token_rows(Compute<S>* dst, TokenView grad, const int64_t grid[2], int64_t m0,
+void pack_token_rows(Compute<S>* to, int64_t pitch, TokenView grad, int64_t per_image, int64_t m0,
                      int64_t mb, int64_t k0, int64_t kb) {
   const int64_t* stride = grad.stride;
-  for (int64_t m = 0; m < mb; ++m, dst += Panel<Compute<S>>::lda) {
-    const int64_t image = (m0 + m) / (grid[0] * grid[1]), token = (m0 + m) % (grid[0] * grid[1]);
-    const S* from = static_cast<const S*>(grad.data) + image * stride[0] + token * stride[1] +
-                    k0 * stride[2];
+  for (int64_t m = m0; m < m0 + mb; ++m, to += pitch) {
+    const S* from = static_cast<const S*>(grad.data) + m / per_image * stride[0] +
+                    m % per_image * stride[1] + k0 * stride[2];
     if (stride[2] == 1) {
-      widen_run(dst, from, kb);
+      widen_run(to, from, kb);
     } else {
-      for (int64_t k = 0; k < kb; ++k) dst[k] = widen(from[k * stride[2]]);
+      for (int64_t k = 0; k < kb; ++k) to[k] = widen(from[k * stride[2]]);
     }
   }
 }
 
-// A[d, p] = grad[p, d]
+// A[d, p] = grad[p, d], from feature m0 and patch k0 on
 template <class S>
-void pack_token_columns(Compute<S>* dst, TokenView grad, const int64_t grid[2], int64_t m0,
-                        int64_t mb, int64_t k0, int64_t kb) {
-  const int64_t per_image = grid[0] * grid[1];
-  for (int64_t k = 0; k < kb;) {
-    const int64_t image = (k0 + k) / per_image, token = (k0 + k) % per_image;
-    const int64_t count = std::min(per_image - token, kb - k);
+void pack_token_columns(Compute<S>* to, int64_t pitch, TokenView grad, int64_t per_image,
+                        int64_t m0, int64_t mb, int64_t k0, int64_t kb) {
+  for_each_image(per_image, k0, kb, [&](int64_t image, int64_t patch, int64_t at, int64_t count) {
     const S* from = static_cast<const S*>(grad.data) + image * grad.stride[0] +
-                    token * grad.stride[1] + m0 * grad.stride[2];
-    transpose(dst + k, Panel<Compute<S>>::lda, from, grad.stride[1], grad.stride[2], count, mb);
-    k += count;
-  }
+                    patch * grad.stride[1] + m0 * grad.stride[2];
+    transpose(to + at, pitch, from, grad.stride[1], grad.stride[2], count, mb);
+  });
 }
 
 }  // namespace pyvit

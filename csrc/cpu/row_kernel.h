@@ -41,6 +41,23 @@ struct RowTile {
   using Kernel = void (*)(const Arguments&);
 };
 
+// A panel of B, `rows` long and `width` wide: strips one behind the other, the last with no more
+// vectors than it needs.
+template <class T>
+struct Strips {
+  static constexpr int64_t strip = RowTile<T>::strip;
+  T* to;
+  int64_t rows, width;
+
+  int64_t lanes(int64_t d) const {
+    const int64_t left = width - d / strip * strip;
+    return left >= strip ? strip : (left + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  }
+  T* at(int64_t k, int64_t d) const {
+    return to + d / strip * strip * rows + k * lanes(d) + d % strip;
+  }
+};
+
 // x86 addresses reach base + {0, 1, 2} · pitch; every third row has a pointer of its own.
 template <class T, int Vectors, int... Row>
 inline void row_kernel(const typename RowTile<T>::Arguments& g,

@@ -11,23 +11,11 @@
 
 namespace pyvit {
 
-// A block of destination and source channels; its strips lie one behind the other, the last with
-// no more vectors than it needs.
+// A block of destination channels, as strips, and source channels; rows are taps × channel_count.
 template <class T>
-struct WeightBlock {
-  static constexpr int64_t strip = RowTile<T>::strip;
-  T* to;
-  int64_t first, width;            // destination channels
+struct WeightBlock : Strips<T> {
+  int64_t first;                   // destination channel
   int64_t channel, channel_count;  // source channels
-  int64_t rows;                    // taps × channel_count
-
-  int64_t lanes(int64_t d) const {
-    return std::min(strip, round_up(width - d / strip * strip, kLanes<T>));
-  }
-  // Row k where destination channel `first + d` lies.
-  T* at(int64_t k, int64_t d) const {
-    return to + d / strip * strip * rows + k * lanes(d) + d % strip;
-  }
 };
 
 // Where each weight of a kernel, counted row by row, stands among the taps; -1: in another phase.
