@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 NEW_ENOUGH := import torch; v = torch.__version__.split("+")[0].split(".")[:2]; \
 	raise SystemExit(tuple(map(int, v)) < (2, 11))
-OPS := unfold conv2d patch_embed topk_attention attention_with_penalty projected_step
+OPS := unfold conv2d linear patch_embed topk_attention attention_with_penalty projected_step
 SANITIZED := build/sanitize/lib
 
 .DEFAULT_GOAL := help

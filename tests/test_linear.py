@@ -120,6 +120,15 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(linear, given)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    x, weight, bias = arguments((2, 5), 6, 7, dtype)
+    torch.library.opcheck(torch.ops.pyvit.linear.default, (x, weight, bias))
+    torch.library.opcheck(torch.ops.pyvit.linear.default, (x[:, 0], weight, None))
+    grad = torch.randn(2, 5, 7).to(dtype)
+    torch.library.opcheck(torch.ops.pyvit.linear_weight_grad.default, (grad, x))
+
+
 def test_only_wanted_gradients_are_kept_for():
     x, weight, bias = arguments((8,), 5, 6, torch.float32)
     kept = []

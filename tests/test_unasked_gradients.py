@@ -26,7 +26,7 @@ def parameter(*shape):
 # the function of x, x's shape, its parameters, and the op that makes the weight's gradient
 CALLS = {
     "conv2d": (pyvit.conv2d, (2, 3, 8, 8), [(4, 3, 3, 3), (4,)], "conv2d_weight_grad"),
-    "linear": (pyvit.linear, (2, 9, 6), [(5, 6), (5,)], "conv2d_weight_grad"),
+    "linear": (pyvit.linear, (2, 9, 6), [(5, 6), (5,)], "linear_weight_grad"),
     "patch_embed": (pyvit.patch_embed, (2, 3, 8, 8), [(6, 3, 4, 4), (6,)], "patch_embed_weight_g"),
 }
 

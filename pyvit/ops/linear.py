@@ -6,60 +6,79 @@ import torch
 from torch import Tensor
 
 from pyvit.ops import _checks, _library
-from pyvit.ops.conv2d import _weight_grad
 
-# Of a 1×1 convolution: stride, padding, dilation, groups.
-_POINTWISE = ((1, 1), (0, 0, 0, 0), (1, 1), 1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[M, features]`` whose features lie side by side; a copy only where strides demand one."""
-    x = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    return x if x.stride(1) == 1 else x.contiguous()
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("linear_weight_grad(Tensor grad, Tensor x) -> Tensor")
 
 
-def _image(rows: Tensor) -> Tensor:
-    """``[1, features, M, 1]``: rows as the pixels of an image, channels last."""
-    return rows.view(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
+@_library.fake("linear")
+def _(x, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _forward_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows, (outputs, inputs) = _rows(x), weight.shape
-    kernel = weight.view(outputs, inputs, 1, 1)
-    y = torch.ops.pyvit.conv2d(_image(rows), kernel, bias, *_POINTWISE, True)
-    return y.permute(0, 2, 3, 1).view(*x.shape[:-1], outputs)
+@_library.fake("linear_weight_grad")
+def _(grad, x):
+    return grad.new_empty((grad.shape[-1], x.shape[-1]))
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """As the kernels take it: two dimensions with the features side by side, or contiguous."""
+    in_rows = x.stride(1) == 1 if x.dim() == 2 else x.is_contiguous()
+    # Not contiguous(): that leaves the strides of a tensor without elements as they are.
+    return x if in_rows else x.clone(memory_format=torch.contiguous_format)
 
 
 class _Linear(torch.autograd.Function):
-    """Its derivatives are linear layers again, but for the weight's, a sum over all rows."""
+    """Its derivatives are linear layers again: dx = dy · W and dW = dyᵀ · x."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         wants_x, wants_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
-        ctx.weight_size = (*weight.shape, 1, 1)
-        return _forward_op(x, weight, bias)
+        return torch.ops.pyvit.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         asked_x, asked_weight, asked_bias = _library.asked_for(ctx)
+        grad = _in_rows(grad)
         grad_x = grad_weight = grad_bias = None
         if asked_x:
             grad_x = _linear(grad, weight.t(), None)
         if asked_weight:
-            grad_weight = _weight_grad(
-                _image(_rows(grad)), _image(_rows(x)), ctx.weight_size, False, _POINTWISE
-            ).view(ctx.weight_size[:2])
+            grad_weight = _weight_grad(grad, x)
         if asked_bias:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_x, grad_weight, grad_bias
 
 
+class _WeightGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, x):
+        wants_grad, wants_x = ctx.needs_input_grad
+        ctx.save_for_backward(grad if wants_x else None, x if wants_grad else None)
+        return torch.ops.pyvit.linear_weight_grad(grad, x)
+
+    @staticmethod
+    def backward(ctx, grad_of_result):
+        grad, x = ctx.saved_tensors
+        asked_grad, asked_x = _library.asked_for(ctx)
+        return (
+            _linear(x, grad_of_result, None) if asked_grad else None,
+            _linear(grad, grad_of_result.t(), None) if asked_x else None,
+        )
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _library.needs_grad(x, weight, bias):
         return _Linear.apply(x, weight, bias)
-    return _forward_op(x, weight, bias)
+    return torch.ops.pyvit.linear(x, weight, bias)
+
+
+def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    if _library.needs_grad(grad, x):
+        return _WeightGrad.apply(grad, x)
+    return torch.ops.pyvit.linear_weight_grad(grad, x)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -118,4 +137,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         _checks.like(op, "bias", bias, "x", x)
         _checks.shape(op, "bias", bias, (outputs,), " (one value an output)")
         bias = bias.contiguous()
-    return _linear(x, weight, bias)
+    return _linear(_in_rows(x), weight, bias)
