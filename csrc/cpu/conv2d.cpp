@@ -10,6 +10,7 @@
 #include "conv2d_band.h"
 #include "conv2d_depthwise.h"
 #include "conv2d_scatter.h"
+#include "conv2d_small.h"
 #include "gather.h"
 #include "gemm.h"
 #include "pixel_group.h"
@@ -137,15 +138,21 @@ void run(Phases<S> phases, const int64_t kernel[2]) {
 
 void conv2d(DType dtype, const Conv2dShape& shape, View4 x, View4 w, const void* bias, View4 y) {
   dispatch(dtype, [&](auto s) {
-    const auto phases = forward_phases<decltype(s)>(shape, x, w, bias, y);
-    if (!conv2d_depthwise(phases, shape.kernel)) run(phases, shape.kernel);
+    auto phases = forward_phases<decltype(s)>(shape, x, w, bias, y);
+    drop_idle_taps(phases);
+    drop_skipped_pixels(phases);
+    if (conv2d_depthwise(phases, shape.kernel)) return;
+    if (conv2d_small(dtype, shape, x, w, bias, y)) return;
+    run(phases, shape.kernel);
   });
 }
 
 void conv2d_input_grad(DType dtype, const Conv2dShape& shape, View4 dy, View4 w, View4 dx) {
   dispatch(dtype, [&](auto s) {
-    const auto phases = input_grad_phases<decltype(s)>(shape, dy, w, dx);
+    auto phases = input_grad_phases<decltype(s)>(shape, dy, w, dx);
+    drop_idle_taps(phases);
     if (conv2d_depthwise(phases, shape.kernel)) return;
+    if (conv2d_small_input_grad(dtype, shape, dy, w, dx)) return;
     if (scatter_is_cheaper(shape)) return conv2d_input_grad_scatter(dtype, shape, dy, w, dx);
     run(phases, shape.kernel);
   });

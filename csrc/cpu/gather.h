@@ -116,6 +116,44 @@ Phases<S> input_grad_phases(const Conv2dShape& shape, View4 dy, View4 w, View4 d
   return phases;
 }
 
+// Leaves out the taps that meet no source pixel from any destination pixel, as with a dilation
+// beyond the image's size.
+template <class S>
+void drop_idle_taps(Phases<S>& phases) {
+  for (Gather<S>& phase : phases.list) {
+    PatchSource<S>& source = phase.source;
+    for (int axis = 0; axis < 2; ++axis) {
+      const int64_t size = axis == 0 ? source.height : source.width;
+      auto idle = [&](const Tap& tap) {
+        const Span meets = inside(tap.offset, source.step[axis], size, source.grid[axis]);
+        return meets.begin >= meets.end;
+      };
+      auto& taps = source.taps[axis];
+      taps.erase(std::remove_if(taps.begin(), taps.end(), idle), taps.end());
+    }
+  }
+}
+
+// Where an axis has one tap, always inside the image, the pixels that a step skips need not exist:
+// a strided view of the source takes its place.
+template <class S>
+void drop_skipped_pixels(Phases<S>& phases) {
+  for (Gather<S>& phase : phases.list) {
+    PatchSource<S>& s = phase.source;
+    for (int axis = 0; axis < 2; ++axis) {
+      if (s.taps[axis].size() != 1 || s.step[axis] == 1) continue;
+      int64_t& size = axis == 0 ? s.height : s.width;
+      int64_t& offset = s.taps[axis][0].offset;
+      if (offset < 0 || offset + (s.grid[axis] - 1) * s.step[axis] >= size) continue;
+      s.data += offset * s.stride[2 + axis];
+      s.stride[2 + axis] *= s.step[axis];
+      size = s.grid[axis];
+      s.step[axis] = 1;
+      offset = 0;
+    }
+  }
+}
+
 // A 1×1 convolution with step 1 takes an image as one long row where memory allows it, and the
 // whole batch as one image.
 template <class S>

@@ -65,6 +65,45 @@ inline void spread_to_slots(T* dst, int64_t slot_stride, const T* pixel,
     for (int64_t l = 0; l < kLanes<T>; ++l) dst[l] = pixel[block.place[l] + s];
 }
 
+#if defined(__AVX512F__) || defined(__AVX2__)
+// The same for pixels of many channels: `Run` slots of each group side by side fit in a vector.
+template <int Run>
+inline void spread_runs(float* dst, int64_t slot_stride, const float* pixel,
+                        const LaneBlock<float>& block) {
+  constexpr int64_t L = kLanes<float>;
+  const int64_t groups = block.sources / block.slots;
+  LaneBlock<float> part = block;
+  part.slots = Run;
+  part.sources = L;
+  for (int64_t l = 0; l < L; ++l)
+    part.place[l] = static_cast<int32_t>(block.place[l] / block.slots * Run);
+  float near[L] = {};
+  for (int64_t s = 0; s < block.slots; s += Run, dst += Run * slot_stride) {
+    for (int64_t g = 0; g < groups; ++g)
+      std::memcpy(near + g * Run, pixel + g * block.slots + s, Run * sizeof(float));
+    spread_to_slots(dst, slot_stride, near, part);
+  }
+}
+#endif
+
+template <class T>
+inline void spread_pixel(T* dst, int64_t slot_stride, const T* pixel, const LaneBlock<T>& block) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const int64_t groups = block.sources / block.slots, L = kLanes<T>;
+    if (block.sources > L) {
+      if (block.slots % 8 == 0 && groups * 8 <= L)
+        return spread_runs<8>(dst, slot_stride, pixel, block);
+      if (block.slots % 4 == 0 && groups * 4 <= L)
+        return spread_runs<4>(dst, slot_stride, pixel, block);
+      if (block.slots % 2 == 0 && groups * 2 <= L)
+        return spread_runs<2>(dst, slot_stride, pixel, block);
+    }
+  }
+#endif
+  spread_to_slots(dst, slot_stride, pixel, block);
+}
+
 // f(first, count) over [0, n) in pieces of L; the last one overlaps its neighbour where n > L, so
 // that transposing it needs no partial block.
 template <int64_t L, class F>
@@ -116,7 +155,7 @@ void pack_lanes_last(const LaneBand<T>& band, const PatchSource<S>& source,
           widen_run(of_block, channels, blocks[b].count);
         } else {
           widen_run(pixel, channels, blocks[b].sources);
-          spread_to_slots(of_block, band.slot_stride, pixel, blocks[b]);
+          spread_pixel(of_block, band.slot_stride, pixel, blocks[b]);
         }
       }
     }
@@ -153,7 +192,7 @@ void pack_lanes_planar(const LaneBand<T>& band, const PatchSource<S>& source,
         if (block.straight) {
           store(to, load(pixels + p * L));
         } else {
-          spread_to_slots(to, band.slot_stride, pixels + p * width, block);
+          spread_pixel(to, band.slot_stride, pixels + p * width, block);
         }
         if (++column == box.columns) column = 0, ++row;
       }
