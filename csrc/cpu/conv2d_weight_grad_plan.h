@@ -127,7 +127,7 @@ struct WeightGradPlan {
       const int64_t tasks = block_count() * copies;
       if (10 * tasks >= 9 * round_up(tasks, threads)) return;
       if (!pixel_major && block[1] > 2 * Panel<T>::MR) {
-        block[1] = equal_length(channels, ceil_div(channels, blocks(1) + 1));
+        block[1] = ceil_div(block[1], 2);
       } else if (block[0] > NR) {
         block[0] = round_up(ceil_div(block[0], 2), NR);
       } else if (block[2] > 1) {

@@ -39,17 +39,16 @@ class Prefetcher {
   int64_t lines() const { return lines_; }
 
   void fetch(int64_t count) {
-    for (count = std::min(count, lines_); count > 0; --count, --lines_) {
-      __builtin_prefetch(next_ + offset_, 0, 2);
-      offset_ += kLine;
-      if (offset_ < bytes_) continue;
-      offset_ = 0;
-      for (int d = 2; d >= 0; --d) {
-        next_ += step_[d];
-        if (++index_[d] < count_[d]) break;
-        next_ -= step_[d] * count_[d];
-        index_[d] = 0;
-      }
+    count = std::min(count, lines_);
+    lines_ -= count;
+    while (count > 0) {
+      const int64_t some = std::min(count, left_);
+      const char* line = next_;
+      for (int64_t i = 0; i < some; ++i, line += kLine) __builtin_prefetch(line, 0, 2);
+      next_ = line;
+      count -= some;
+      left_ -= some;
+      if (left_ == 0) start_run();
     }
   }
 
@@ -59,13 +58,23 @@ class Prefetcher {
   void set(std::array<int64_t, 3> count, std::array<int64_t, 3> step, int64_t run, int64_t size) {
     count_ = count;
     for (int d = 0; d < 3; ++d) step_[d] = step[d] * size;
-    bytes_ = run * size;
-    lines_ = count[0] * count[1] * count[2] * ceil_div(bytes_, kLine);
+    run_ = left_ = ceil_div(run * size, kLine);
+    lines_ = count[0] * count[1] * count[2] * run_;
+  }
+  void start_run() {
+    next_ -= run_ * kLine;
+    left_ = run_;
+    for (int d = 2; d >= 0; --d) {
+      next_ += step_[d];
+      if (++index_[d] < count_[d]) return;
+      next_ -= step_[d] * count_[d];
+      index_[d] = 0;
+    }
   }
 
   const char* next_ = nullptr;
   std::array<int64_t, 3> count_{}, step_{}, index_{};
-  int64_t bytes_ = 0, offset_ = 0, lines_ = 0;
+  int64_t run_ = 0, left_ = 0, lines_ = 0;  // lines of a run, those left of it and in all
 };
 
 }  // namespace pyvit::weight_gradient
