@@ -43,6 +43,12 @@ SHAPES = {
     "depthwise, large kernel": (1, 20, 17, 40, 20, 7, 1, 3, 1, 20),
     "depthwise, strided and dilated": (2, 20, 17, 19, 20, 3, 2, 2, 2, 20),
     "depthwise, tripled": (2, 7, 9, 11, 21, 3, 1, 1, 1, 7),
+    # Whole vectors of channels: channels-last operands are read where they lie.
+    "depthwise, whole vectors": (2, 48, 14, 15, 48, 3, 1, 1, 1, 48),
+    "depthwise, whole vectors, several bands": (2, 32, 40, 33, 32, 7, 1, 3, 1, 32),
+    "depthwise, whole vectors, strided": (2, 32, 17, 19, 32, (3, 5), (2, 3), (2, 7), (3, 2), 32),
+    "depthwise, whole vectors, small images": (70, 16, 3, 2, 16, 5, 1, 2, 1, 16),
+    "depthwise, whole vectors, wide padding": (1, 16, 3, 2, 16, 2, 1, 5, 1, 16),
     "groups of two to one": (2, 40, 9, 11, 20, 3, 1, 1, 1, 20),
     "groups of four": (2, 40, 9, 11, 40, 3, 1, 1, 1, 10),
     "groups of three to two": (2, 36, 9, 11, 24, 3, 1, 1, 1, 12),
@@ -136,7 +142,7 @@ def views(x):
     yield "images innermost", x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
-@pytest.mark.parametrize("channels, groups", [(3, 1), (10, 1), (12, 12), (12, 6)])
+@pytest.mark.parametrize("channels, groups", [(3, 1), (10, 1), (12, 12), (24, 24), (12, 6)])
 def test_strided_inputs(channels, groups):
     shape = (3, channels, 9, 11, 24, 3, 1, 1, 1, groups)
     x, weight, geometry, grad = inputs(shape, torch.float32, torch.contiguous_format)
@@ -158,6 +164,7 @@ def test_strided_inputs(channels, groups):
         (9, 40, 14, 14, 70, 3, 1, 1, 1, 1),
         (3, 3, 64, 64, 40, 7, 2, 3, 1, 1),
         (4, 64, 20, 20, 64, 3, 1, 1, 1, 64),
+        (2, 24, 30, 20, 24, 3, 1, 1, 1, 12),
         (1, 256, 7, 7, 300, 3, 1, 1, 1, 1),
         (2, 3, 64, 64, 100, 16, 16, 0, 1, 1),
     ],

@@ -60,6 +60,13 @@ class BlockSum {
   void add_band(int64_t index, const S* dy, const int64_t dy_stride[4], const S* x,
                 const int64_t x_stride[4], bool accumulate) {
     const BandRange band = band_range(index);
+    if constexpr (std::is_same_v<S, T>) {
+      if (plan_.direct) {
+        if (!accumulate) clear();
+        prefetch(index + 1, dy, dy_stride, x, x_stride);
+        return multiply_in_place(band, dy, dy_stride, x, x_stride);
+      }
+    }
     const BandWindow window = window_of(band);
     pack_grad_band(grad_, grad_step_, dy, dy_stride, plan_.axis[1].out, band, out_);
     if (plan_.lanes) {
@@ -231,6 +238,50 @@ class BlockSum {
     }
   }
 
+  // Depth-wise, without packing: pixels that the same taps reach are summed together, away from the
+  // image's border by all taps.
+  void multiply_in_place(const BandRange& band, const T* dy, const int64_t dy_stride[4], const T* x,
+                         const int64_t x_stride[4]) {
+    const Axis *axis = plan_.axis;
+    const auto row_segments = segments_of(axis[0], band.row, taps_[0].count);
+    const auto column_segments = segments_of(axis[1], band.column, taps_[1].count);
+    dy += band.image.begin * dy_stride[0] + out_.begin;
+    x += band.image.begin * x_stride[0] + out_.begin;
+    for (const Segment& rows : row_segments) {
+      for (const Segment& columns : column_segments) {
+        const PixelLoops loops(
+            {columns.lines.count, axis[1].stride * x_stride[3], dy_stride[3]},
+            {rows.lines.count, axis[0].stride * x_stride[2], dy_stride[2]},
+            {band.image.count, x_stride[0], dy_stride[0]});
+        const T* grad = dy + rows.lines.begin * dy_stride[2] + columns.lines.begin * dy_stride[3];
+        const T* image = x +
+                         axis[0].source(rows.lines.begin, rows.taps.begin) * x_stride[2] +
+                         axis[1].source(columns.lines.begin, columns.taps.begin) * x_stride[3];
+        offsets_.clear();
+        for (int64_t i = 0; i < rows.taps.count; ++i)
+          for (int64_t j = 0; j < columns.taps.count; ++j)
+            offsets_.push_back(i * axis[0].dilation * x_stride[2] +
+                               j * axis[1].dilation * x_stride[3]);
+        // Rows of the sums are contiguous along a row of taps, and from row to row if all are here.
+        const bool all = columns.taps.count == taps_[1].count;
+        const int64_t runs = all ? 1 : rows.taps.count, run = offsets_.size() / runs;
+        // The border is too short to fetch anything meanwhile.
+        const bool inner = all && rows.taps.count == taps_[0].count;
+        int64_t left = ceil_div(out_.count, NR) * Tiles<T>(run, Side::lanes, NR).count();
+        for (int64_t o = 0; o < out_.count; o += NR) {
+          const Tiles<T> tiles(run, Side::lanes, out_.count - o);
+          for (int64_t i = 0; i < runs; ++i) {
+            T* sums = sums_ + element(0, rows.taps.begin + i, columns.taps.begin) * ldc_ + o;
+            tiles.for_each([&](int64_t e, TileKernel<T> kernel) {
+              kernel(image + o, offsets_.data() + i * run + e, grad + o, loops, sums + e * ldc_,
+                     ldc_, true, next(), inner ? fetch_lines(left--, loops) : 0);
+            });
+          }
+        }
+      }
+    }
+  }
+
   // Row of the sums that holds an element of the patch, counted from the block's first.
   int64_t element(int64_t c, int64_t i, int64_t j) const {
     return channels_inside_ ? (i * taps_[1].count + j) * channels_.count + c
@@ -252,6 +303,7 @@ void weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
   using T = Compute<S>;
   WeightGradPlan<T> plan(shape, x);
   const int64_t G = plan.groups, O = plan.out_channels, E = plan.elements();
+  if constexpr (std::is_same_v<S, T>) plan.read_directly(dy, x);
   const auto split = SplitSum<T>::of_bands(plan.band_count(), G * O * E, plan.scratch_bytes());
   const int64_t parts = split.parts;
   plan.divide_among(thread_count(), G * parts);

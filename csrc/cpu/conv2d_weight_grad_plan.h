@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
+#include <vector>
 
 #include "conv2d.h"
 #include "gemm.h"
@@ -65,6 +66,31 @@ struct Axis {
   }
 };
 
+// Output lines for which the same taps read inside the image.
+struct Segment {
+  Range lines, taps;
+};
+
+inline std::vector<Segment> segments_of(const Axis& axis, Range q, int64_t taps) {
+  std::vector<Segment> segments;
+  for (int64_t line = q.begin; line < q.begin + q.count; ++line) {
+    // Tap t reads source line first + t · dilation.
+    const Span span = inside(axis.source(line, 0), axis.dilation, axis.in, taps);
+    const Range within{span.begin, span.end - span.begin};
+    if (within.count == 0) continue;
+    if (!segments.empty()) {
+      Segment& last = segments.back();
+      if (last.lines.begin + last.lines.count == line && last.taps.begin == within.begin &&
+          last.taps.count == within.count) {
+        ++last.lines.count;
+        continue;
+      }
+    }
+    segments.push_back({{line, 1}, within});
+  }
+  return segments;
+}
+
 // Sizes of a band in output pixels. A sum is one chain over a band's pixels, then over the bands:
 // a short sum has several bands too, so that its rounding errors do not all pile up in one chain.
 struct Band {
@@ -90,6 +116,7 @@ struct WeightGradPlan {
   // Groups of few output channels side by side fill the lanes: the result is then one group whose
   // lanes each have channels of their own.
   bool lanes;
+  bool direct = false;  // depth-wise on contiguous channels: the operands are read where they lie
   int64_t groups, out_channels, channels;  // channels: of one output channel
   Axis axis[2];
   int64_t kernel[2];
@@ -121,6 +148,13 @@ struct WeightGradPlan {
     choose_blocks();
   }
 
+  // Only where values need no widening, and vectors end where the channels do.
+  void read_directly(View4 dy, View4 x) {
+    direct = lanes && group_out_channels == 1 && channels == 1 && block[2] == kernel[0] &&
+             block[3] == kernel[1] && out_channels % kLanes<T> == 0 && x.stride[1] == 1 &&
+             dy.stride[1] == 1;
+  }
+
   // Smaller blocks where `copies` times as many tasks as blocks would leave threads idle.
   void divide_among(int64_t threads, int64_t copies) {
     for (;;) {
@@ -130,7 +164,7 @@ struct WeightGradPlan {
         block[1] = ceil_div(block[1], 2);
       } else if (block[0] > NR) {
         block[0] = round_up(ceil_div(block[0], 2), NR);
-      } else if (block[2] > 1) {
+      } else if (block[2] > 1 && !direct) {
         block[2] = ceil_div(block[2], 2);
       } else {
         return;
