@@ -52,6 +52,14 @@ def test_means_are_geometric_and_the_fastest_peer_is_each_rows_own():
     assert of_group["fastest peer"] == pytest.approx((2 * 8 * 9) ** (1 / 3))
 
 
+def test_ours_under_other_conditions_is_no_rival():
+    result = row(ratio=2.0)
+    result.ratio["our float32"] = 0.9
+    assert result.fastest_peer == "torch"
+    assert row().fastest_peer == "torch"
+    assert without_speed(row()).fastest_peer is None
+
+
 def test_medians_of_several_runs():
     runs = [[row(seconds=s, ratio=r), row("b")] for s, r in ((1e-3, 3.0), (9e-3, 1.0), (2e-3, 2.0))]
     first, second = report.medians(runs)
