@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "interleave.h"
 #include "patch_embed.h"
 #include "patches.h"
 #include "row_kernel.h"
@@ -25,6 +26,14 @@ void for_each_image(int64_t per_image, int64_t first, int64_t count, const F& f)
     f((first + at) / per_image, patch, at, here);
     at += here;
   }
+}
+
+// Asks for a block of memory whose rows lie too far apart for the hardware to foresee them.
+template <class S>
+inline void prefetch_block(const S* from, int64_t row_stride, int64_t rows, int64_t columns) {
+  constexpr int64_t line = 64 / sizeof(S);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(from + r * row_stride + c);
 }
 
 // A row of a patch, or the part of it in a range of elements; with channels last the channel is 0
@@ -201,8 +210,10 @@ struct Patches {
       // Vectors may reach into the next patch, but not beyond the last.
       const int64_t last = stride == 1 ? (run.count - 1) * step + n - L : -1;
       int64_t t = 0;
-      for (; t < run.count && t * step <= last; ++t)
+      for (; t < run.count && t * step <= last; ++t) {
+        __builtin_prefetch(from + t * step + 2 * layout.image_stride[2]);
         store_some(to + t * pitch, (widen_vector<T>(from + t * step) - shift) * scale, n);
+      }
       for (; t < run.count; ++t) {
         const Vec<T> v = widen_part<T>(from + t * step, stride, n);
         store_some(to + t * pitch, (v - shift) * scale, n);
@@ -284,9 +295,11 @@ void pack_weight_columns(const Strips<Compute<S>>& to, const Weight<const S>& w,
     }
     // A row of one channel's kernel lies side by side in memory, C apart in the patch.
     layout.for_each_segment(e0, e0 + to.rows, [&](const Segment& s) {
-      for (int64_t e = s.element; e < std::min(s.element + C, s.element + s.count); ++e)
+      for (int64_t e = s.element; e < std::min(s.element + C, s.element + s.count); ++e) {
+        prefetch_block(from + w.offset(e) + 4 * w.stride[2], w.stride[0], width, 1);
         transpose(to.at(e - e0, j), C * lanes, from + w.offset(e), w.stride[0], w.stride[3], width,
                   ceil_div(s.element + s.count - e, C));
+      }
     });
   }
   clear_last_lanes(to);
@@ -296,12 +309,21 @@ void pack_weight_columns(const Strips<Compute<S>>& to, const Weight<const S>& w,
 template <class S>
 void pack_weight_rows(const Strips<Compute<S>>& to, const Weight<const S>& w, int64_t e0,
                       int64_t d0) {
+  using T = Compute<S>;
+  // Planar weights for an image of pixels: taps [first, first + taps) hold the columns.
+  const int64_t C = w.interleaved, first = e0 / C, taps = ceil_div(e0 + to.width, C) - first;
+  const bool planar = C > 1 && w.stride[3] == 1 && w.stride[2] == w.kernel[1];
+  std::vector<T> line(planar ? C * taps : 0);
   for (int64_t k = 0; k < to.rows; ++k) {
     const S* from = w.data + (d0 + k) * w.stride[0];
+    if (planar) interleave(line.data(), from + first, w.stride[1], C, taps);
     for (int64_t j = 0; j < to.width; j += to.strip) {
       const int64_t width = std::min(to.strip, to.width - j);
-      Compute<S>* row = to.at(k, j);
-      if (w.contiguous) {
+      T* row = to.at(k, j);
+      if (planar) {
+        widen_run(row, line.data() + e0 + j - C * first, width);
+      } else if (w.contiguous) {
+        prefetch_block(from + 4 * w.stride[0] + e0 + j, 0, 1, width);
         widen_run(row, from + e0 + j, width);
       } else {
         const int64_t* offset = w.offsets.data() + e0 + j;
@@ -335,7 +357,13 @@ void pack_token_columns(Compute<S>* to, int64_t pitch, TokenView grad, int64_t p
   for_each_image(per_image, k0, kb, [&](int64_t image, int64_t patch, int64_t at, int64_t count) {
     const S* from = static_cast<const S*>(grad.data) + image * grad.stride[0] +
                     patch * grad.stride[1] + m0 * grad.stride[2];
-    transpose(to + at, pitch, from, grad.stride[1], grad.stride[2], count, mb);
+    constexpr int64_t ahead = kLanes<Compute<S>>;
+    for (int64_t t = 0; t < count; t += ahead) {
+      const S* block = from + t * grad.stride[1];
+      prefetch_block(block + ahead * grad.stride[1], grad.stride[1], ahead, mb);
+      transpose(to + at + t, pitch, block, grad.stride[1], grad.stride[2],
+                std::min(ahead, count - t), mb);
+    }
   });
 }
 
