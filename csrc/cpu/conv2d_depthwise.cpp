@@ -230,6 +230,7 @@ class LaneWorker {
       row_pitch = down.phase_step * box_.columns * L;
       tile.c_pitch = across.phase_step * L;
     }
+    const bool fetches = direct();  // pixels are far apart in the destination
     const T* band = band_ + block_ * block_stride_;
     const T* weights = panel_ + block_ * plan_.panel_elements() + first_place_[p] * L;
     int64_t h = down.positions(box_.row, 1).begin;
@@ -241,6 +242,9 @@ class LaneWorker {
         tile.a = band + row * row_stride_ + segment.window;
         tile.weights = weights + i.begin * tile.weight_row_stride + segment.taps.begin * L;
         tile.c = corner + segment.at * tile.c_pitch;
+        if (fetches)
+          for (int64_t q = segment.count; q < 2 * segment.count; ++q)
+            __builtin_prefetch(tile.c + q * tile.c_pitch, 1);
         sum_chains(segment.count, i.end - i.begin, tile);
       }
     }

@@ -21,7 +21,7 @@ constexpr int64_t kFewPixels = 9;          // of the output: always this kernel'
 constexpr int64_t kMostPixels = 64;
 constexpr int64_t kFewOutputs = 4;
 constexpr int64_t kMostInputPixels = 256;  // whose gradient is summed in scratch
-constexpr int64_t kDotLength = 2048;       // of weights that stay in the first-level cache
+constexpr int64_t kDotLength = 1024;       // of weights that stay in the first-level cache
 constexpr int64_t kSumLength = 256;        // longest sum in registers of the gradient
 constexpr int64_t kPixelBlock = 48;        // output pixels of one task
 constexpr int64_t kBytes = 768 << 10;      // of each operand of one task
@@ -58,6 +58,8 @@ struct Geometry {
 
   // Whether to multiply weights where they lie pays; `narrow`: rows too short for a band.
   bool pays(bool narrow) const {
+    // The pixels of a 1×1 layer may be a batch (a linear layer's rows), whose size must not decide.
+    if (shape.kernel[0] * shape.kernel[1] == 1) return false;
     if (!(last || planar_) || C * shape.kernel[1] < 8 || rows.empty() || columns.empty())
       return false;
     const bool idle_taps = 2 * used_ <= shape.kernel[0] * shape.kernel[1];
@@ -156,7 +158,8 @@ bool forward(const Conv2dShape& shape, View4 x, View4 w, const S* bias, View4 y)
   using Tile = DotTile<T>;
   const Geometry g(shape, w);
   // A few outputs leave the band kernel's lanes empty; patches are runs with channels last.
-  const bool few_outputs = g.O <= kFewOutputs && g.last && x.stride[1] == 1 && g.C >= kLanes<T>;
+  const bool few_outputs = g.O <= kFewOutputs && g.last && x.stride[1] == 1 &&
+                           g.C >= kLanes<T> && !g.rows.empty() && !g.columns.empty();
   if (!few_outputs && !g.pays(shape.out_width < 4)) return false;
   int64_t length;
   const std::vector<Run> runs = weight_runs<T>(g, &length);
