@@ -198,6 +198,19 @@ def test_huge_and_tiny_values(value):
             assert_as_accurate(*values, 3, name)
 
 
+@pytest.mark.accuracy
+def test_one_key_that_all_queries_choose():
+    """The longest sums that dk and dv can have: a term of every query."""
+    q, k, v = tensors((1, 2, 3000, 50, 64, 64))
+    k[:, :, 7] = 4 * q.mean(2).sign() + 0.1 * k[:, :, 7]
+    q = q + 0.5 * q.mean(2, keepdim=True).sign()
+    grad = 1 + torch.randn(1, 2, 3000, 64)
+    selection = own_selection(q, k, v, 3)
+    assert bool(selection[..., 7].float().mean() > 0.99)
+    ours = with_gradients(topk_attention, (q, k, v), (grad,), topk=3)
+    assert_accurate(ours, (q, k, v), selection, grad)
+
+
 def test_scores_that_underflow_are_ties():
     q, k, v = tensors((1, 1, 4, 40, 8, 8))
     out = topk_attention(q * 1e-30, k * 1e-30, v, 5)

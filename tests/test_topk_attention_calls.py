@@ -131,11 +131,30 @@ def test_no_matrix_of_scores_in_memory(backward):
         work(64)
     """
     tensor, choices = heads * tokens * 64 * 4, heads * tokens * topk * 4
-    # q, k, v, out, its gradient, three gradients; indices, weights, gradients of scores, and
-    # the choices by key (three numbers each); row terms where dense.
-    known = 8 * tensor + 6 * choices + heads * tokens * 20
+    # q, k, v, out, its gradient, three gradients; indices, weights, gradients of scores; row
+    # terms where dense.
+    known = 8 * tensor + 3 * choices + heads * tokens * 20
     extra = peak_extra_bytes(setup, f"result = work({tokens})", threads) - known
     assert extra <= threads * 2**21, f"{extra / 2**20:.1f} MB"  # a matrix of scores: 67 MB
+
+
+@pytest.mark.parametrize("topk", [16, 12000])
+@pytest.mark.parametrize("backward", ["selected", "dense"])
+def test_scratch_does_not_grow_with_the_keys(backward, topk):
+    threads, queries, keys = 2, 64, 16384
+    setup = f"""
+        from pyvit.ops import topk_attention
+        def work(n, topk):
+            sizes = ({queries}, n, n)
+            leaves = [torch.randn(1, 1, size, 64, requires_grad=True) for size in sizes]
+            out = topk_attention(*leaves, topk, backward="{backward}")
+            return leaves, torch.autograd.grad(out, leaves, torch.ones(1, 1, {queries}, 64))
+        work(64, 16)
+    """
+    # k, v and their gradients; the same of q, and out; indices, weights, gradients of scores.
+    known = 4 * 64 * (4 * keys + 4 * queries) + 3 * 4 * queries * topk
+    extra = peak_extra_bytes(setup, f"result = work({keys}, {topk})", threads) - known
+    assert extra <= threads * 2**21, f"{extra / 2**20:.1f} MB"
 
 
 # ---- autograd, compile, dispatch ----------------------------------------------------------------

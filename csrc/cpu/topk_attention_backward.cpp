@@ -157,7 +157,7 @@ class KeyPass {
     const auto results = head_rows<S>(out, head, shape_.heads);
     const auto rows = head_rows<S>(in, head, shape_.heads);
     const int64_t columns = round_up(dim, L), size = (end - first) * columns;
-    Scratch scratch((copies() + 1) * Scratch::bytes_for<T>(size) + Scratch::bytes_for<T>(columns));
+    Scratch scratch(copies() * Scratch::bytes_for<T>(size) + Scratch::bytes_for<T>(columns));
     T* line = scratch.take<T>(columns);
     T* sums = scratch.take<T>(size);
     T* total = copies() > 1 ? scratch.take<T>(size) : sums;

@@ -259,7 +259,8 @@ def topk_attention(
 
     Cost a head: ``2·Nq·Nk·D`` floating-point operations for the scores, a few passes over them
     in the cache for the selection, ``2·Nq·topk·Dv`` for the sums; backward
-    ``2·Nq·topk·(2·D + 2·Dv)``, or ``2·Nq·Nk·(4·D + 3·Dv)`` where dense.
+    ``2·Nq·topk·(2·D + 2·Dv)``, or ``2·Nq·Nk·(3·D + 2·Dv)`` where dense (``4·D + 3·Dv`` where
+    Nk exceeds about 1500 at D = 64, or threads exceed heads). Scratch: at most 2 MB a thread.
 
     Source: exact top-k attention of Wang et al., KVT: k-NN attention for boosting vision
     transformers (ECCV 2022); the tiling follows FlashAttention (Dao et al., 2022).
@@ -314,8 +315,8 @@ def attention_with_penalty(
         TypeError, ValueError, NotImplementedError: naming the argument, what came and what was
             wanted.
 
-    Cost a head: ``2·Nq·Nk·(D + Dv)`` floating-point operations, backward
-    ``2·Nq·Nk·(4·D + 3·Dv)``; tiles of scores stay in the cache.
+    Cost a head: ``2·Nq·Nk·(D + Dv)`` floating-point operations, backward as dense
+    :func:`topk_attention`; tiles of scores stay in the cache.
 
     Source: the penalty method of Lu and Zhang, Sparse approximation via penalty decomposition
     methods (SIAM J. Optim., 2013); Hoyer, Non-negative matrix factorization with sparseness
