@@ -47,39 +47,42 @@ class NearRows {
 
 // ---- runs of columns ------------------------------------------------------------------------
 
-// A run of at most four vectors of columns; the last has `last` lanes of the row.
+// A run of a few vectors of columns; the last has `last` lanes of the row.
 struct ColumnRun {
   int64_t column, last;
 };
 
-// f(constant C, constant Whole, run) over the runs of C vectors of a row; Whole where the last
-// vector is.
-template <class T, class F>
+// f(constant n) for n in [1, Most].
+template <int Most, class F>
+inline void with_constant(int64_t n, const F& f) {
+  if constexpr (Most > 1) {
+    if (n < Most) return with_constant<Most - 1>(n, f);
+  }
+  f(std::integral_constant<int, Most>{});
+}
+
+// f(constant C, constant Whole, run) over the runs of C <= Most vectors of a row; Whole where the
+// last vector is.
+template <class T, int Most, class F>
 inline void for_column_runs(int64_t dim, const F& f) {
   constexpr int64_t L = kLanes<T>;
   int64_t column = 0;
-  for (; column + 4 * L <= dim; column += 4 * L)
-    f(std::integral_constant<int, 4>{}, std::true_type{}, ColumnRun{column, L});
+  for (; column + Most * L <= dim; column += Most * L)
+    f(std::integral_constant<int, Most>{}, std::true_type{}, ColumnRun{column, L});
   if (column == dim) return;
   const int64_t vectors = ceil_div(dim - column, L);
   const ColumnRun run{column, dim - column - (vectors - 1) * L};
-  auto with_last = [&](auto count) {
+  with_constant<Most>(vectors, [&](auto count) {
     if (run.last == L) return f(count, std::true_type{}, run);
     f(count, std::false_type{}, run);
-  };
-  switch (vectors) {
-    case 1: return with_last(std::integral_constant<int, 1>{});
-    case 2: return with_last(std::integral_constant<int, 2>{});
-    case 3: return with_last(std::integral_constant<int, 3>{});
-    default: return with_last(std::integral_constant<int, 4>{});
-  }
+  });
 }
 
 // C vectors of a row; nothing past the last lane is read.
 template <int C, bool Whole, class S>
 inline void load_run(Vec<Compute<S>> (&x)[C], const S* p, int64_t last) {
   constexpr int L = kLanes<Compute<S>>;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int c = 0; c < C; ++c)
     x[c] = c + 1 < C || Whole ? load_wide(p + c * L) : load_partial(p + c * L, last);
 }
@@ -95,22 +98,22 @@ void gather_sum_run(Compute<S>* sum, const int32_t* indices, const Compute<S>* f
     Vec<T> x[C];
     load_run<C, Whole>(x, base + indices[n] * rows.stride, run.last);
     const Vec<T> factor = broadcast(factors[n]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) to[c] = fma(factor, x[c], to[c]);
   };
+  constexpr int kSums = C <= 4 ? 2 : 1;  // so many that no sum waits for its last term
   Vec<T> total[C] = {};
   for (int64_t n = 0; n < count;) {
     const int64_t end = std::min(count, n + 256);
-    Vec<T> even[C] = {}, odd[C] = {};
-    for (; n + 2 <= end; n += 2) {
-      add(even, n);
-      add(odd, n + 1);
-    }
-    if (n < end) add(even, n++);
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) total[c] += even[c] + odd[c];
+    Vec<T> sums[kSums][C] = {};
+    for (; n + kSums <= end; n += kSums)
+#pragma GCC unroll 2
+      for (int s = 0; s < kSums; ++s) add(sums[s], n + s);
+    if (n < end) add(sums[0], n++);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) total[c] += sums[0][c] + (kSums > 1 ? sums[kSums - 1][c] : Vec<T>{});
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int c = 0; c < C; ++c) store(sum + run.column + c * kLanes<T>, total[c]);
 }
 
@@ -119,7 +122,7 @@ void gather_sum_run(Compute<S>* sum, const int32_t* indices, const Compute<S>* f
 template <class S>
 void gather_sum(Compute<S>* sum, const int32_t* indices, const Compute<S>* factors, int64_t count,
                 Rows<S> rows, int64_t dim) {
-  for_column_runs<Compute<S>>(dim, [&](auto vectors, auto whole, ColumnRun run) {
+  for_column_runs<Compute<S>, 8>(dim, [&](auto vectors, auto whole, ColumnRun run) {
     gather_sum_run<vectors(), whole()>(sum, indices, factors, count, rows, run);
   });
 }
@@ -133,14 +136,14 @@ inline Vec<Compute<S>> gather_products_run(const Compute<S>* a, const int32_t* i
   constexpr int L = kLanes<T>;
   const S* base = rows.data + run.column;
   Vec<T> factor[C], sums[L];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int c = 0; c < C; ++c) factor[c] = load(a + run.column + c * L);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) {
     Vec<T> x[C];
     load_run<C, Whole>(x, base + indices[i] * rows.stride, run.last);
     sums[i] = factor[0] * x[0];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 1; c < C; ++c) sums[i] = fma(factor[c], x[c], sums[i]);
   }
   return sum_of_each<T>(sums);
@@ -152,7 +155,7 @@ template <class S>
 void gather_products(Compute<S>* products, const Compute<S>* a, const int32_t* indices,
                      int64_t count, Rows<S> rows, int64_t dim) {
   using T = Compute<S>;
-  for_column_runs<T>(dim, [&](auto vectors, auto whole, ColumnRun run) {
+  for_column_runs<T, 4>(dim, [&](auto vectors, auto whole, ColumnRun run) {
     for (int64_t n = 0; n < count; n += kLanes<T>) {
       const Vec<T> sums = gather_products_run<vectors(), whole()>(a, indices + n, rows, run);
       store(products + n, run.column == 0 ? sums : load(products + n) + sums);
@@ -167,15 +170,15 @@ void scatter_add_run(T* sums, const int32_t* indices, int64_t first, const T* fa
                      int64_t count, const T* a, int64_t dim) {
   constexpr int L = kLanes<T>;
   Vec<T> x[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int c = 0; c < C; ++c) x[c] = load(a + c * L);
   for (int64_t n = 0; n < count; ++n) {
     T* sum = sums + (indices[n] - first) * dim;
     const Vec<T> factor = broadcast(factors[n]);
     Vec<T> y[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) y[c] = fma(factor, x[c], load(sum + c * L));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int c = 0; c < C; ++c) store(sum + c * L, y[c]);
   }
 }
@@ -184,7 +187,7 @@ void scatter_add_run(T* sums, const int32_t* indices, int64_t first, const T* fa
 template <class T>
 void scatter_add(T* sums, const int32_t* indices, int64_t first, const T* factors, int64_t count,
                  const T* a, int64_t dim) {
-  for_column_runs<T>(dim, [&](auto vectors, auto, ColumnRun run) {
+  for_column_runs<T, 8>(dim, [&](auto vectors, auto, ColumnRun run) {
     scatter_add_run<vectors()>(sums + run.column, indices, first, factors, count, a + run.column,
                                dim);
   });
