@@ -65,7 +65,7 @@ class DenseBackward {
       return parallel_for(heads, [&](int64_t head) {
         query_rows(head, 0, shape_.queries, whole_tile_, true);
       });
-    const int64_t tile = tile_rows<T>(round_up(shape_.keys, P::NR), 2);
+    const int64_t tile = query_tile();
     for_query_rows(shape_, tile, [&](int64_t head, int64_t begin, int64_t end) {
       query_rows(head, begin, end, tile, false);
     });
@@ -130,6 +130,18 @@ class DenseBackward {
       if (bytes + others + P::MC * P::lda * int64_t(sizeof(T)) + 4096 <= kScratchLimit) return tile;
     }
     return 0;
+  }
+
+  // Rows of a tile else: all the scratch, since keys and values are packed anew for each tile
+  // where they do not stay.
+  int64_t query_tile() const {
+    const int64_t N = shape_.keys;
+    const int64_t others = RowProducts<S>(N, shape_.dim).scratch_bytes() +
+                           RowProducts<S>(N, shape_.value_dim).scratch_bytes() +
+                           WeightedSums<S>(kTileRows<T>, shape_.dim).scratch_bytes() +
+                           P::MC * P::lda * int64_t(sizeof(T)) + mask_bytes_ + 4096;
+    const int64_t room = std::min<int64_t>(kScratchLimit - others, 1280 << 10);
+    return tile_rows<T>(round_up(N, P::NR), 2, room);
   }
 
   // dq and the terms of a head's rows; and, over all its rows, dk and dv.

@@ -105,13 +105,13 @@ void gather_sum_run(Compute<S>* sum, const int32_t* indices, const Compute<S>* f
   Vec<T> total[C] = {};
   for (int64_t n = 0; n < count;) {
     const int64_t end = std::min(count, n + 256);
-    Vec<T> sums[kSums][C] = {};
+    Vec<T> sums[2][C] = {};
     for (; n + kSums <= end; n += kSums)
 #pragma GCC unroll 2
       for (int s = 0; s < kSums; ++s) add(sums[s], n + s);
     if (n < end) add(sums[0], n++);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) total[c] += sums[0][c] + (kSums > 1 ? sums[kSums - 1][c] : Vec<T>{});
+    for (int c = 0; c < C; ++c) total[c] += kSums == 1 ? sums[0][c] : sums[0][c] + sums[1][c];
   }
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) store(sum + run.column + c * kLanes<T>, total[c]);

@@ -264,12 +264,12 @@ class WeightedSums {
 template <class T>
 inline constexpr int64_t kTileRows = 56 / Panel<T>::MR * Panel<T>::MR;
 
-// Rows of a tile: as many as `copies` tiles of `ld` columns leave room for. A function of the
-// shape alone.
+// Rows of a tile: as many as `copies` tiles of `ld` columns leave room for in `bytes`. A function
+// of the shape alone.
 template <class T>
-int64_t tile_rows(int64_t ld, int64_t copies) {
-  constexpr int64_t kTileBytes = 768 << 10, MR = Panel<T>::MR;
-  const int64_t room = kTileBytes / (copies * ld * int64_t(sizeof(T)));
+int64_t tile_rows(int64_t ld, int64_t copies, int64_t bytes = 768 << 10) {
+  constexpr int64_t MR = Panel<T>::MR;
+  const int64_t room = bytes / (copies * ld * int64_t(sizeof(T)));
   if (room >= MR) return std::min(kTileRows<T>, room / MR * MR);
   return std::max<int64_t>(1, room);
 }

@@ -68,8 +68,10 @@ RowStatistics<T> prepare_rows(T* scores, int64_t ld, int m, int64_t n, T scale) 
   const Vec<T> share = broadcast(T(1) / static_cast<T>(n));
   const Vec<T> mean = sum_of_each<T>(sums) * share;
   const Vec<T> variance = sum_of_each<T>(squares) * share - mean * mean;
-  RowStatistics<T> rows{reduce_each<T>(lowest, [](Vec<T> a, Vec<T> b) { return lane_min(a, b); }),
-                        reduce_each<T>(highest, [](Vec<T> a, Vec<T> b) { return lane_max(a, b); }), mean, Vec<T>{}};
+  const auto least = [](Vec<T> a, Vec<T> b) { return lane_min(a, b); };
+  const auto most = [](Vec<T> a, Vec<T> b) { return lane_max(a, b); };
+  RowStatistics<T> rows{reduce_each<T>(lowest, least), reduce_each<T>(highest, most), mean,
+                        Vec<T>{}};
   for (int i = 0; i < L; ++i) rows.deviation[i] = std::sqrt(std::max(variance[i], T(0)));
   const uint32_t strange = ~mask_bits(variance - variance == Vec<T>{}) & first_rows<T>(m);
   for (int i = 0; i < m && strange != 0; ++i) {
