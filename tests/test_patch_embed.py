@@ -31,6 +31,10 @@ SHAPES = {
     "wide gaps": (1, 3, 40, 90, 9, (2, 2), (9, 70)),
     "half overlapping": (2, 9, 20, 21, 40, (4, 4), (6, 2)),
     "large patch": (1, 2, 6, 600, 33, (2, 300), (2, 100)),
+    # Sums longer than one packed slice, in the result's own memory: over elements, then features
+    # and patches.
+    "large patches": (1, 3, 144, 144, 32, (24, 24), None),
+    "many of all": (1, 3, 264, 264, 1056, (8, 8), None),
 }
 NAMES = ("image", "weight", "bias", "pos_embed", "cls_token", "mean", "std")
 

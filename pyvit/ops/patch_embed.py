@@ -243,7 +243,8 @@ def patch_embed(
             wanted.
 
     Cost: ``2·B·N·D·C·Ph·Pw`` floating-point operations for the forward pass and for each of the
-    gradients of image and weight; the image is read once for every 256 features.
+    gradients of image and weight; the image is read once for every panel of weights in the
+    second-level cache (256 features of 16 x 16 patches, at most 512).
 
     Source: the patch projection is Dosovitskiy et al.'s, 2021 (ViT); the blocked product is
     Goto's and BLIS's (Van Zee, van de Geijn, 2015).
