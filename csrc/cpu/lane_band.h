@@ -24,18 +24,57 @@ struct LaneBlock {
   int64_t source, sources;      // the source channels that the lanes read, all slots
   bool straight;                // lane l of slot 0 is source channel `source + l`
   int32_t place[L];             // of slot 0 of each lane among `sources`
+  int64_t groups, run = 0;      // slots of every group that fit in one vector, where not all do
+  int32_t run_place[L];         // of the first of them
 
   LaneBlock(int64_t first_, int64_t channels, int64_t per_group, int64_t slots_)
       : first(first_), count(std::min(L, channels - first_)), slots(slots_) {
     const int64_t group = first / per_group, last = (first + count - 1) / per_group;
     source = group * slots;
-    sources = (last - group + 1) * slots;
+    groups = last - group + 1;
+    sources = groups * slots;
+    for (int64_t fitting = 2; sources > L && fitting <= std::min<int64_t>(slots, 8); fitting *= 2)
+      if (groups * fitting <= L) run = fitting;
     straight = per_group == 1 && slots == 1;
     for (int64_t l = 0; l < L; ++l)
       place[l] = static_cast<int32_t>(
           ((first + std::min(l, count - 1)) / per_group - group) * slots);
+    for (int64_t l = 0; l < L; ++l)
+      run_place[l] = static_cast<int32_t>(place[l] / slots * run);
   }
 };
+
+#if defined(__AVX512F__)
+inline Vec<float> permute(Vec<float> v, const int32_t* place, int64_t add) {
+  const __m512i from = _mm512_add_epi32(_mm512_loadu_si512(place),
+                                        _mm512_set1_epi32(static_cast<int>(add)));
+  return (Vec<float>)_mm512_permutexvar_ps(from, (__m512)v);
+}
+#elif defined(__AVX2__)
+inline Vec<float> permute(Vec<float> v, const int32_t* place, int64_t add) {
+  const __m256i from = _mm256_add_epi32(_mm256_loadu_si256((const __m256i*)place),
+                                        _mm256_set1_epi32(static_cast<int>(add)));
+  return (Vec<float>)_mm256_permutevar8x32_ps((__m256)v, from);
+}
+#endif
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+// spread_to_slots for pixels of many channels: `Run` slots of each group at a time are brought
+// together in a vector. The last run may repeat slots of the one before.
+template <int Run>
+inline void spread_runs(float* dst, int64_t slot_stride, const float* pixel,
+                        const LaneBlock<float>& block) {
+  float near[kLanes<float>] = {};
+  for (int64_t at = 0; at < block.slots; at += Run) {
+    const int64_t s = std::min(at, block.slots - Run);
+    for (int64_t g = 0; g < block.groups; ++g)
+      std::memcpy(near + g * Run, pixel + g * block.slots + s, Run * sizeof(float));
+    const Vec<float> all = load(near);
+    for (int r = 0; r < Run; ++r)
+      store(dst + (s + r) * slot_stride, permute(all, block.run_place, r));
+  }
+}
+#endif
 
 // dst[s · slot_stride + lane] = pixel[place[lane] + s]; where the pixel's channels fit in a vector,
 // a whole one is read.
@@ -43,65 +82,20 @@ template <class T>
 inline void spread_to_slots(T* dst, int64_t slot_stride, const T* pixel,
                             const LaneBlock<T>& block) {
 #if defined(__AVX512F__) || defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (block.run == 8) return spread_runs<8>(dst, slot_stride, pixel, block);
+    if (block.run == 4) return spread_runs<4>(dst, slot_stride, pixel, block);
+    if (block.run == 2) return spread_runs<2>(dst, slot_stride, pixel, block);
     if (block.sources <= kLanes<T>) {
       const Vec<float> all = load(pixel);
-      for (int64_t s = 0; s < block.slots; ++s, dst += slot_stride) {
-#if defined(__AVX512F__)
-        const __m512i from = _mm512_add_epi32(_mm512_loadu_si512(block.place),
-                                              _mm512_set1_epi32(static_cast<int>(s)));
-        store(dst, (Vec<float>)_mm512_permutexvar_ps(from, (__m512)all));
-#else
-        const __m256i from = _mm256_add_epi32(_mm256_loadu_si256((const __m256i*)block.place),
-                                              _mm256_set1_epi32(static_cast<int>(s)));
-        store(dst, (Vec<float>)_mm256_permutevar8x32_ps((__m256)all, from));
-#endif
-      }
+      for (int64_t s = 0; s < block.slots; ++s)
+        store(dst + s * slot_stride, permute(all, block.place, s));
       return;
     }
   }
 #endif
   for (int64_t s = 0; s < block.slots; ++s, dst += slot_stride)
     for (int64_t l = 0; l < kLanes<T>; ++l) dst[l] = pixel[block.place[l] + s];
-}
-
-#if defined(__AVX512F__) || defined(__AVX2__)
-// The same for pixels of many channels: `Run` slots of each group side by side fit in a vector.
-template <int Run>
-inline void spread_runs(float* dst, int64_t slot_stride, const float* pixel,
-                        const LaneBlock<float>& block) {
-  constexpr int64_t L = kLanes<float>;
-  const int64_t groups = block.sources / block.slots;
-  LaneBlock<float> part = block;
-  part.slots = Run;
-  part.sources = L;
-  for (int64_t l = 0; l < L; ++l)
-    part.place[l] = static_cast<int32_t>(block.place[l] / block.slots * Run);
-  float near[L] = {};
-  for (int64_t s = 0; s < block.slots; s += Run, dst += Run * slot_stride) {
-    for (int64_t g = 0; g < groups; ++g)
-      std::memcpy(near + g * Run, pixel + g * block.slots + s, Run * sizeof(float));
-    spread_to_slots(dst, slot_stride, near, part);
-  }
-}
-#endif
-
-template <class T>
-inline void spread_pixel(T* dst, int64_t slot_stride, const T* pixel, const LaneBlock<T>& block) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) {
-    const int64_t groups = block.sources / block.slots, L = kLanes<T>;
-    if (block.sources > L) {
-      if (block.slots % 8 == 0 && groups * 8 <= L)
-        return spread_runs<8>(dst, slot_stride, pixel, block);
-      if (block.slots % 4 == 0 && groups * 4 <= L)
-        return spread_runs<4>(dst, slot_stride, pixel, block);
-      if (block.slots % 2 == 0 && groups * 2 <= L)
-        return spread_runs<2>(dst, slot_stride, pixel, block);
-    }
-  }
-#endif
-  spread_to_slots(dst, slot_stride, pixel, block);
 }
 
 // f(first, count) over [0, n) in pieces of L; the last one overlaps its neighbour where n > L, so
@@ -155,7 +149,7 @@ void pack_lanes_last(const LaneBand<T>& band, const PatchSource<S>& source,
           widen_run(of_block, channels, blocks[b].count);
         } else {
           widen_run(pixel, channels, blocks[b].sources);
-          spread_pixel(of_block, band.slot_stride, pixel, blocks[b]);
+          spread_to_slots(of_block, band.slot_stride, pixel, blocks[b]);
         }
       }
     }
@@ -192,7 +186,7 @@ void pack_lanes_planar(const LaneBand<T>& band, const PatchSource<S>& source,
         if (block.straight) {
           store(to, load(pixels + p * L));
         } else {
-          spread_pixel(to, band.slot_stride, pixels + p * width, block);
+          spread_to_slots(to, band.slot_stride, pixels + p * width, block);
         }
         if (++column == box.columns) column = 0, ++row;
       }
