@@ -336,10 +336,52 @@ void weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
   });
 }
 
+// Whether x, not dy, should take the vector side: its channels leave fewer lanes idle. With stride 1
+// the two play the same part, and the exchanged result must be small, since it is held twice.
+template <class T>
+bool exchange_pays(const Conv2dShape& shape) {
+  auto used = [](int64_t channels) {
+    return static_cast<double>(channels) / round_up(channels, kLanes<T>);
+  };
+  const int64_t taps = shape.kernel[0] * shape.kernel[1];
+  return shape.groups == 1 && shape.stride[0] == 1 && shape.stride[1] == 1 &&
+         shape.in_channels * shape.out_channels * taps * sizeof(T) <= 1 << 16 &&
+         used(shape.in_channels) > 1.25 * used(shape.out_channels);
+}
+
+// dw[o, c, i] = Σ_h dy[o, h] · x[c, h + i·d − p] = Σ_q x[c, q] · dy[o, q + i'·d − p'] for the tap
+// i' = k − 1 − i and the padding p' = (k − 1)·d − p: a weight gradient with x for dy.
+template <class S>
+void exchanged_weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
+  const int64_t C = shape.in_channels, O = shape.out_channels;
+  const int64_t rows = shape.kernel[0], columns = shape.kernel[1];
+  Conv2dShape other = shape;
+  other.in_channels = O, other.height = shape.out_height, other.width = shape.out_width;
+  other.out_channels = C, other.out_height = shape.height, other.out_width = shape.width;
+  for (int a = 0; a < 2; ++a)
+    other.padding[a] = (shape.kernel[a] - 1) * shape.dilation[a] - shape.padding[a];
+  std::vector<S> turned(C * O * rows * columns);
+  weight_grad<S>(other, x, dy, {turned.data(), {O * rows * columns, rows * columns, columns, 1}});
+  const S* from = turned.data();
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t o = 0; o < O; ++o)
+      for (int64_t i = rows - 1; i >= 0; --i)
+        for (int64_t j = columns - 1; j >= 0; --j)
+          static_cast<S*>(dw.data)[o * dw.stride[0] + c * dw.stride[1] + i * dw.stride[2] +
+                                   j * dw.stride[3]] = *from++;
+}
+
 }  // namespace
 
 void conv2d_weight_grad(DType dtype, const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
-  dispatch(dtype, [&](auto s) { weight_grad<decltype(s)>(shape, dy, x, dw); });
+  dispatch(dtype, [&](auto s) {
+    using S = decltype(s);
+    if (exchange_pays<Compute<S>>(shape)) {
+      exchanged_weight_grad<S>(shape, dy, x, dw);
+    } else {
+      weight_grad<S>(shape, dy, x, dw);
+    }
+  });
 }
 
 }  // namespace pyvit
