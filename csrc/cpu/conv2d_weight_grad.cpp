@@ -151,7 +151,7 @@ class BlockSum {
   Prefetcher& next() { return next_grad_.lines() > 0 ? next_grad_ : next_image_; }
   int64_t fetch_lines(int64_t kernels, const PixelLoops& loops) const {
     const int64_t lines = next_grad_.lines() + next_image_.lines();
-    return ceil_div(lines, kernels * loops.fetches());
+    return ceil_div(lines, std::max<int64_t>(1, kernels) * loops.fetches());
   }
 
   template <class D, class Row>
