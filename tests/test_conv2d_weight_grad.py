@@ -49,6 +49,8 @@ SHAPES = {
     "depthwise, whole vectors, strided": (2, 32, 17, 19, 32, (3, 5), (2, 3), (2, 7), (3, 2), 32),
     "depthwise, whole vectors, small images": (70, 16, 3, 2, 16, 5, 1, 2, 1, 16),
     "depthwise, whole vectors, wide padding": (1, 16, 3, 2, 16, 2, 1, 5, 1, 16),
+    # The last strip is one vector, whose tiles are lower than those of two, so there are more.
+    "depthwise, half a strip more": (3, 48, 20, 20, 48, 5, 1, 2, 1, 48),
     "groups of two to one": (2, 40, 9, 11, 20, 3, 1, 1, 1, 20),
     "groups of four": (2, 40, 9, 11, 40, 3, 1, 1, 1, 10),
     "groups of three to two": (2, 36, 9, 11, 24, 3, 1, 1, 1, 12),
