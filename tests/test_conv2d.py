@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate, assert_within_rounding
+from conv2d_checks import DTYPES, FORMATS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import peak_extra_bytes
@@ -13,9 +14,6 @@ from pyvit.ops import conv2d
 from pyvit.reference.conv2d import conv2d as reference_conv2d
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
-
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # batch, in channels, height, width, out channels, kernel, stride, padding, dilation, groups
 SHAPES = {
