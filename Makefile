@@ -46,15 +46,15 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/mypy
 
 # Built into a folder of its own, which stands before the checkout on the path (the pytest script,
-# unlike python -m pytest, leaves the working directory off it). Under AddressSanitizer memory
-# figures mean nothing and compilers started by torch.compile are slow: those tests stay out.
+# unlike python -m pytest, leaves the working directory off it). Compilers started by torch.compile
+# are slow under sanitizers: those tests stay out.
 asan: $(VENV)/.dev ## op tests under address and undefined-behaviour sanitizers (OPS="conv2d")
 	PYVIT_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"; \
 	cd tests && \
 	../$(BIN)/python -c 'import pyvit._C as c; assert c.build_info()["sanitized"], c.__file__' && \
-	../$(BIN)/pytest -p no:cacheprovider $(OPS:%=test_%*.py) -k "not compile and not memory"
+	../$(BIN)/pytest -p no:cacheprovider $(OPS:%=test_%*.py) -k "not compile"
 
 wheel: $(VENV)/.torch ## a wheel in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
