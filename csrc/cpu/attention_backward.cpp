@@ -40,6 +40,95 @@ inline Vec<T> weight_grad(Vec<T> w, Vec<T> dp, const RowTerms<T>& row, const uin
   return fma(w, kept ? norm : norm + broadcast(row.tail), dp);
 }
 
+// What the tiles of a head's queries with keys j0 to j0 + n need: scores, dP, a row's bits of the
+// selection, and the sums of dk and dv that are wanted, transposed: the tile of weights is the
+// vector side of the micro-kernel as it lies.
+template <class S>
+struct KeyTiles {
+  using T = Compute<S>;
+  using P = Panel<T>;
+  static constexpr int64_t L = kLanes<T>;
+
+  int64_t n, dim_k, dim_v;  // dim_k and dim_v are 0 where no gradient is wanted
+  RowProducts<S> score, value;
+  int64_t ld = score.ld();
+  Scratch scratch;
+  T* a_panel;
+  StripTile<T> s, dp;
+  T *sum_k, *sum_v;
+  uint8_t* selection;
+
+  // `more` bytes of the scratch are left for the caller.
+  KeyTiles(const AttentionShape& shape, int64_t n, int64_t tile, int64_t dim_k, int64_t dim_v,
+           int64_t more)
+      : n(n),
+        dim_k(dim_k),
+        dim_v(dim_v),
+        score(n, shape.dim),
+        value(n, shape.value_dim),
+        scratch(score.scratch_bytes() + value.scratch_bytes() +
+                Scratch::bytes_for<T>(P::MC * P::lda) + 2 * Scratch::bytes_for<T>(tile * ld) +
+                Scratch::bytes_for<T>(dim_k * ld) + Scratch::bytes_for<T>(dim_v * ld) +
+                Scratch::bytes_for<uint8_t>(n / 8 + L) + more) {
+    score.take(scratch);
+    value.take(scratch);
+    a_panel = scratch.take<T>(P::MC * P::lda);
+    s = {scratch.take<T>(tile * ld), 0};
+    dp = {scratch.take<T>(tile * ld), 0};
+    sum_k = scratch.take<T>(dim_k * ld);
+    sum_v = scratch.take<T>(dim_v * ld);
+    selection = scratch.take<uint8_t>(n / 8 + L);
+    std::fill(sum_k, sum_k + dim_k * ld, T(0));
+    std::fill(sum_v, sum_v + dim_v * ld, T(0));
+  }
+
+  void start(Rows<S> keys, Rows<S> values, int64_t j0) {
+    score.start(keys, j0);
+    value.start(values, j0);
+  }
+
+  // Rows i0 to i0 + m of the scores, and of dP where it is wanted.
+  void fill(Rows<S> queries, Rows<S> grads, int64_t i0, int64_t m, bool wants_dp) {
+    s.rows = dp.rows = m;
+    score(queries, i0, m, a_panel, s);
+    if (wants_dp) value(grads, i0, m, a_panel, dp);
+  }
+
+  // Adds what the tile's rows, now weights and dS, give to dk and dv.
+  void add(Rows<S> queries, Rows<S> grads, int64_t i0) {
+    add_transposed(sum_v, grads, i0, dim_v, s);
+    add_transposed(sum_k, queries, i0, dim_k, dp);
+  }
+
+  void write(Rows<S> dk, Rows<S> dv, int64_t j0) const {
+    write_transposed(dk, j0, sum_k, dim_k);
+    write_transposed(dv, j0, sum_v, dim_v);
+  }
+
+ private:
+  // sum [dim, n] += rows^T · tile
+  void add_transposed(T* sum, Rows<S> rows, int64_t i0, int64_t dim, StripTile<T> tile) {
+    for (int64_t d = 0; d < dim; d += P::MC) {
+      const int64_t depth = std::min(P::MC, dim - d);
+      pack_columns(a_panel, rows, i0, tile.rows, d, depth);
+      multiply_panels(a_panel, depth, tile.data, n, tile.rows, sum + d * ld, ld, true);
+    }
+  }
+
+  // By squares of one vector's worth of keys and columns, in the panel that is free now.
+  void write_transposed(Rows<S> out, int64_t j0, T* sum, int64_t dim) const {
+    const Rows<T> sums{sum, ld};
+    for (int64_t j = 0; j < n; j += L)
+      for (int64_t d = 0; d < dim; d += P::KC) {
+        const int64_t depth = std::min(P::KC, dim - d), count = std::min(L, n - j);
+        for (int64_t c = 0; c < depth; c += L)
+          transpose_lanes(a_panel + c, P::lda, sums, d + c, std::min(L, depth - c), j, count);
+        for (int64_t i = 0; i < count; ++i)
+          narrow_run(out[j0 + j + i] + d, a_panel + i * P::lda, depth);
+      }
+  }
+};
+
 template <class S>
 class DenseBackward {
   using T = Compute<S>;
@@ -153,34 +242,19 @@ class DenseBackward {
     const auto dq = head_rows<S>(t_.dq, head, shape_.heads);
     const auto dk = head_rows<S>(t_.dk, head, shape_.heads);
     const auto dv = head_rows<S>(t_.dv, head, shape_.heads);
-    RowProducts<S> score(N, shape_.dim), value(N, shape_.value_dim);
     WeightedSums<S> sums(tile, shape_.dim);
-    const int64_t ld = score.ld();
-    const int64_t dim_k = keys_too && dk.data != nullptr ? shape_.dim : 0;
-    const int64_t dim_v = keys_too && dv.data != nullptr ? shape_.value_dim : 0;
-    Scratch scratch(score.scratch_bytes() + value.scratch_bytes() + sums.scratch_bytes() +
-                    Scratch::bytes_for<T>(P::MC * P::lda) + 2 * Scratch::bytes_for<T>(tile * ld) +
-                    Scratch::bytes_for<T>(dim_k * ld) + Scratch::bytes_for<T>(dim_v * ld) +
-                    Scratch::bytes_for<uint8_t>(mask_bytes_ + L));
-    score.take(scratch);
-    value.take(scratch);
-    sums.take(scratch);
-    T* a_panel = scratch.take<T>(P::MC * P::lda);
-    Tile s{scratch.take<T>(tile * ld), 0}, dp{scratch.take<T>(tile * ld), 0};
-    T* sum_k = scratch.take<T>(dim_k * ld);
-    T* sum_v = scratch.take<T>(dim_v * ld);
-    uint8_t* mask = scratch.take<uint8_t>(mask_bytes_ + L);
-    std::fill(sum_k, sum_k + dim_k * ld, T(0));
-    std::fill(sum_v, sum_v + dim_v * ld, T(0));
-    score.start(keys, 0);
-    value.start(head_rows<S>(t_.v, head, shape_.heads), 0);
+    KeyTiles<S> tiles(shape_, N, tile, keys_too && dk.data != nullptr ? shape_.dim : 0,
+                      keys_too && dv.data != nullptr ? shape_.value_dim : 0,
+                      sums.scratch_bytes());
+    sums.take(tiles.scratch);
+    const Tile &s = tiles.s, &dp = tiles.dp;
+    tiles.start(keys, head_rows<S>(t_.v, head, shape_.heads), 0);
     for (int64_t i0 = begin; i0 < end; i0 += tile) {
-      const int64_t m = s.rows = dp.rows = std::min(tile, end - i0);
-      score(queries, i0, m, a_panel, s);
-      if (wants_scores_) value(grads, i0, m, a_panel, dp);
+      const int64_t m = std::min(tile, end - i0);
+      tiles.fill(queries, grads, i0, m, wants_scores_);
       for (int64_t i = 0; i < m; ++i) {
         const int64_t row = head * shape_.queries + i0 + i;
-        const uint8_t* selection = selection_row(row, 0, N, mask);
+        const uint8_t* selection = selection_row(row, 0, N, tiles.selection);
         const RowTerms<T> terms = penalty_ ? row_terms<true>(s, dp, i, row, selection)
                                            : row_terms<false>(s, dp, i, row, selection);
         terms_[row] = terms;
@@ -189,14 +263,12 @@ class DenseBackward {
           finish(s.at(i, j), dp.at(i, j), load(s.at(i, j)), terms, selection, j);
       }
       if (dq.data != nullptr)
-        sums(dp, m, keys, N, a_panel, [&](int64_t i, int64_t column, const T* run, int64_t count) {
+        sums(dp, m, keys, N, tiles.a_panel, [&](int64_t i, int64_t column, const T* run, int64_t count) {
           narrow_run(dq[i0 + i] + column, run, count);
         });
-      add_transposed(sum_v, ld, grads, i0, m, dim_v, s.data, N, a_panel);
-      add_transposed(sum_k, ld, queries, i0, m, dim_k, dp.data, N, a_panel);
+      tiles.add(queries, grads, i0);
     }
-    write_transposed(dk, 0, N, sum_k, ld, dim_k, a_panel);
-    write_transposed(dv, 0, N, sum_v, ld, dim_v, a_panel);
+    tiles.write(dk, dv, 0);
   }
 
   // ---- keys -------------------------------------------------------------------------------
@@ -208,31 +280,6 @@ class DenseBackward {
     const int64_t columns = 2 * (shape_.dim + shape_.value_dim) + 2 * kTileRows<T>;
     const int64_t room = kScratchLimit * 3 / 4 / (columns * int64_t(sizeof(T)));
     return std::clamp<int64_t>(room / step * step, step, 256);
-  }
-
-  // Adds rows^T · strips to sum [dim, n]: the gradients of keys and values, transposed, so that
-  // the tile of weights is the vector side of the micro-kernel as it lies.
-  static void add_transposed(T* sum, int64_t ld, Rows<S> rows, int64_t i0, int64_t m, int64_t dim,
-                             const T* strips, int64_t n, T* a_panel) {
-    for (int64_t d = 0; d < dim; d += P::MC) {
-      const int64_t depth = std::min(P::MC, dim - d);
-      pack_columns(a_panel, rows, i0, m, d, depth);
-      multiply_panels(a_panel, depth, strips, n, m, sum + d * ld, ld, true);
-    }
-  }
-
-  // By squares of one vector's worth of keys and columns, in the panel that is free now.
-  static void write_transposed(Rows<S> out, int64_t j0, int64_t n, T* sum, int64_t ld,
-                               int64_t dim, T* panel) {
-    const Rows<T> sums{sum, ld};
-    for (int64_t j = 0; j < n; j += L)
-      for (int64_t d = 0; d < dim; d += P::KC) {
-        const int64_t depth = std::min(P::KC, dim - d), count = std::min(L, n - j);
-        for (int64_t c = 0; c < depth; c += L)
-          transpose_lanes(panel + c, P::lda, sums, d + c, std::min(L, depth - c), j, count);
-        for (int64_t i = 0; i < count; ++i)
-          narrow_run(out[j0 + j + i] + d, panel + i * P::lda, depth);
-      }
   }
 
   void key_pass() const {
@@ -248,46 +295,28 @@ class DenseBackward {
     const auto grads = head_rows<S>(t_.grad, head, shape_.heads);
     const auto dk = head_rows<S>(t_.dk, head, shape_.heads);
     const auto dv = head_rows<S>(t_.dv, head, shape_.heads);
-    const int64_t dim_k = dk.data == nullptr ? 0 : shape_.dim;
-    const int64_t dim_v = dv.data == nullptr ? 0 : shape_.value_dim;
     // Where a whole head could be one task, its tiles: then the sums are the same.
     const int64_t tile = whole_tile_ > 0 ? whole_tile_ : kTileRows<T>;
-    RowProducts<S> score(n, shape_.dim), value(n, shape_.value_dim);
-    const int64_t ld = score.ld();
-    Scratch scratch(score.scratch_bytes() + value.scratch_bytes() +
-                    Scratch::bytes_for<T>(P::MC * P::lda) + 2 * Scratch::bytes_for<T>(tile * ld) +
-                    Scratch::bytes_for<T>(dim_k * ld) + Scratch::bytes_for<T>(dim_v * ld) +
-                    Scratch::bytes_for<uint8_t>(n / 8 + L));
-    score.take(scratch);
-    value.take(scratch);
-    T* a_panel = scratch.take<T>(P::MC * P::lda);
-    Tile s{scratch.take<T>(tile * ld), 0}, dp{scratch.take<T>(tile * ld), 0};
-    T* sum_k = scratch.take<T>(dim_k * ld);
-    T* sum_v = scratch.take<T>(dim_v * ld);
-    uint8_t* mask = scratch.take<uint8_t>(n / 8 + L);
-    std::fill(sum_k, sum_k + dim_k * ld, T(0));
-    std::fill(sum_v, sum_v + dim_v * ld, T(0));
-    score.start(head_rows<S>(t_.k, head, shape_.heads), j0);
-    value.start(head_rows<S>(t_.v, head, shape_.heads), j0);
+    KeyTiles<S> tiles(shape_, n, tile, dk.data == nullptr ? 0 : shape_.dim,
+                      dv.data == nullptr ? 0 : shape_.value_dim, 0);
+    const Tile &s = tiles.s, &dp = tiles.dp;
+    tiles.start(head_rows<S>(t_.k, head, shape_.heads), head_rows<S>(t_.v, head, shape_.heads), j0);
     for (int64_t i0 = 0; i0 < shape_.queries; i0 += tile) {
-      const int64_t m = s.rows = dp.rows = std::min(tile, shape_.queries - i0);
-      score(queries, i0, m, a_panel, s);
-      if (wants_scores_) value(grads, i0, m, a_panel, dp);
+      const int64_t m = std::min(tile, shape_.queries - i0);
+      tiles.fill(queries, grads, i0, m, wants_scores_);
       for (int64_t i = 0; i < m; ++i) {
         const int64_t row = head * shape_.queries + i0 + i;
         const RowTerms<T>& terms = terms_[row];
-        const uint8_t* selection = selection_row(row, j0, n, mask);
+        const uint8_t* selection = selection_row(row, j0, n, tiles.selection);
         for (int64_t j = 0; j < n; j += L) {
           const Vec<T> scaled = fma(load(s.at(i, j)), broadcast(scale_), Vec<T>{});
           finish(s.at(i, j), dp.at(i, j), exp_lanes(scaled - broadcast(terms.highest)), terms,
                  selection, j);
         }
       }
-      add_transposed(sum_v, ld, grads, i0, m, dim_v, s.data, n, a_panel);
-      add_transposed(sum_k, ld, queries, i0, m, dim_k, dp.data, n, a_panel);
+      tiles.add(queries, grads, i0);
     }
-    write_transposed(dk, j0, n, sum_k, ld, dim_k, a_panel);
-    write_transposed(dv, j0, n, sum_v, ld, dim_v, a_panel);
+    tiles.write(dk, dv, j0);
   }
 
   const AttentionShape& shape_;
