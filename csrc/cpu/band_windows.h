@@ -17,7 +17,29 @@ constexpr int64_t kChainLength = 384;  // longest sum in registers
 struct BandLayout {
   int64_t first_offset[2];  // of the taps: rows, columns
   int64_t columns, pitch, channels;
+  int64_t fold;  // elements of a run that meet one row of the weights (fold_kernel.h)
 };
+
+// Taps of one kernel row that lie side by side in the band: one run of memory.
+struct TapRun {
+  int64_t first_tap, length;  // elements
+};
+inline std::vector<TapRun> tap_runs(const std::vector<Tap>& across, int64_t pitch,
+                                    int64_t channels) {
+  std::vector<TapRun> runs;
+  for (size_t j = 0; j < across.size(); ++j) {
+    const bool joined = j > 0 && pitch == channels && across[j].offset == across[j - 1].offset + 1;
+    if (!joined) runs.push_back({static_cast<int64_t>(j), 0});
+    runs.back().length += channels;
+  }
+  return runs;
+}
+// The rows of weights that they meet.
+inline int64_t weight_rows(const std::vector<TapRun>& runs, int64_t fold) {
+  int64_t rows = 0;
+  for (const TapRun& run : runs) rows += ceil_div(run.length, fold);
+  return rows;
+}
 
 class BandWindows {
  public:
@@ -61,26 +83,23 @@ class BandWindows {
   // Chains over the tap rows [begin, end), in the order of the weights.
   void add_chains(const std::vector<Tap> taps[2], const BandLayout& band, int64_t begin,
                   int64_t end) {
-    const auto& across = taps[1];
-    const int64_t row_length = across.size() * band.channels, total = (end - begin) * row_length;
+    const std::vector<TapRun> row_runs = tap_runs(taps[1], band.pitch, band.channels);
+    const int64_t row_length = weight_rows(row_runs, band.fold), total = (end - begin) * row_length;
     const int64_t longest = ceil_div(total, std::max<int64_t>(1, ceil_div(total, kChainLength)));
     int64_t k = begin * row_length, room = longest;
     start_chain();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = (taps[0][i].offset - band.first_offset[0]) * band.columns;
-      for (size_t j = 0; j < across.size();) {
-        const int64_t offset = (row + across[j].offset - band.first_offset[1]) * band.pitch;
-        int64_t length = 0;
-        do {  // taps side by side make one run
-          length += band.channels, ++j;
-        } while (band.pitch == band.channels && j < across.size() &&
-                 across[j].offset == across[j - 1].offset + 1);
-        for (int64_t done = 0; done < length;) {
+      for (const TapRun& run : row_runs) {
+        const int64_t column = taps[1][run.first_tap].offset - band.first_offset[1];
+        const int64_t offset = (row + column) * band.pitch;
+        for (int64_t done = 0; done < run.length;) {
           if (room == 0) start_chain(), room = longest;
-          const int64_t part = std::min(length - done, room);
+          const int64_t part = std::min(run.length - done, room * band.fold);
+          const int64_t rows = ceil_div(part, band.fold);
           runs.push_back({offset + done, part, k});
           ++chains.back().run_count;
-          done += part, k += part, room -= part;
+          done += part, k += rows, room -= rows;
         }
       }
     }

@@ -31,10 +31,11 @@ class Worker {
   Worker(const BandPlan<S>& plan, const int64_t kernel[2])
       : plan_(plan), kernel_columns_(kernel[1]), phases_(plan.phases.list) {
     Scratch scratch(plan.scratch_bytes());
-    panel_ = scratch.take<T>(plan.taps * plan.slice * plan.padded_width());
+    panel_ = scratch.take<T>(plan.panel_elements());
+    unfolded_ = scratch.take<T>(plan.unfolded_elements());
     band_ = scratch.take<T>(plan.band_elements());
     sums_ = scratch.take<T>(plan.sum_elements());
-    bias_ = scratch.take<T>(plan.padded_width());
+    bias_ = scratch.take<T>(plan.bias_elements());
     for (Gather<S>& phase : phases_) {
       auto& taps = phase.source.taps;
       for (auto& axis : taps)
@@ -86,8 +87,10 @@ class Worker {
     first_channel_ = block * plan_.width;
     width_ = std::min(plan_.width, phases_[0].destination.channels - first_channel_);
     const S* bias = phases_[0].bias;
-    std::fill(bias_, bias_ + plan_.padded_width(), T(0));
-    if (bias != nullptr) widen_run(bias_, bias + first_channel_, width_);
+    std::fill(bias_, bias_ + plan_.bias_elements(), T(0));
+    if (bias == nullptr) return;
+    for (int64_t at = 0; at < plan_.bias_elements(); at += plan_.padded_width())
+      widen_run(bias_ + at, bias + first_channel_, width_);
   }
 
   int64_t vectors(int64_t from) const { return std::min(strip, round_up(width_ - from, L)) / L; }
@@ -98,11 +101,27 @@ class Worker {
       const auto& taps = phases_[p].source.taps;
       const int64_t rows = taps[0].size() * taps[1].size() * channel_count_;
       if (rows == 0) continue;
-      pack_weights<T>({{to, rows, width_}, first_channel_, channel_, channel_count_},
-                      phases_[p].weights, taps, places_[p], kernel_columns_);
-      to += rows * round_up(width_, L);
+      T* strips = plan_.fold == 1 ? to : unfolded_;
+      pack_weights<T>(
+          {{strips, rows, width_, L / plan_.fold}, first_channel_, channel_, channel_count_},
+          phases_[p].weights, taps, places_[p], kernel_columns_);
+      to = plan_.fold == 1 ? to + rows * round_up(width_, L) : fold_panel(to, taps);
     }
     packed_ = true;
+  }
+
+  // Returns where the panel ends.
+  T* fold_panel(T* to, const std::vector<Tap> taps[2]) const {
+    const auto runs = tap_runs(taps[1], plan_.pitch(channel_count_), channel_count_);
+    const T* from = unfolded_;
+    for (size_t i = 0; i < taps[0].size(); ++i) {
+      for (const TapRun& run : runs) {
+        fold_kernels<T>(plan_.fold).weights(to, from, run.length);
+        from += run.length * plan_.padded_width();
+        to += ceil_div(run.length, plan_.fold) * L;
+      }
+    }
+    return to;
   }
 
   T* sums_of(int64_t slot) const {
@@ -126,10 +145,13 @@ class Worker {
       const int64_t rows = ceil_div(box.rows - residue[0], down.phase_step);
       const int64_t columns = ceil_div(box.columns - residue[1], across.phase_step);
       windows_.find(phase.source.taps,
-                    {{down.first_offset, across.first_offset}, band_columns, pitch, channel_count_},
+                    {{down.first_offset, across.first_offset},
+                     band_columns,
+                     pitch,
+                     channel_count_,
+                     plan_.fold},
                     rows, box.row / down.phase_step * down.step, down.step, phase.source.height);
-      const int64_t length = phase.source.taps[0].size() * phase.source.taps[1].size() *
-                             channel_count_;
+      const int64_t length = plan_.panel_rows(phase, channel_count_);
       typename RowTile<T>::Arguments tile;
       tile.pitch = across.step * pitch;
       T* corner;  // of the sums, or of the destination itself
@@ -161,7 +183,7 @@ class Worker {
   void multiply_row(typename RowTile<T>::Arguments& tile, const BandWindows::Rows& group,
                     const T* windows, T* to, int64_t columns, int64_t from,
                     bool accumulate) const {
-    const int64_t parts = ceil_div(columns, RowTile<T>::pixels);
+    const int64_t parts = ceil_div(columns, plan_.tile_pixels());
     for (int64_t part = 0, at = 0; part < parts; ++part) {
       const int64_t count = (columns - at) / (parts - part);
       tile.a = windows + at * tile.pitch;
@@ -172,7 +194,11 @@ class Worker {
         const BandWindows::Chain& chain = windows_.chains[group.first_chain + c];
         tile.runs = windows_.runs.data() + chain.first_run;
         tile.run_count = chain.run_count;
-        run_row_kernel<T>(count, vectors(from), tile);
+        if (plan_.fold == 1) {
+          run_row_kernel<T>(count, vectors(from), tile);
+        } else {
+          fold_kernels<T>(plan_.fold).rows[count - 1](tile);
+        }
         tile.base = tile.c;
         tile.base_pitch = tile.c_pitch;
       }
@@ -239,7 +265,7 @@ class Worker {
   std::vector<Gather<S>> phases_;  // of the present group, with taps in order of their offsets
   std::vector<std::vector<int64_t>> places_;
   BandWindows windows_;
-  T *panel_, *band_, *sums_, *bias_;
+  T *panel_, *unfolded_, *band_, *sums_, *bias_;
   int64_t group_ = -1, block_ = -1, first_channel_ = 0, width_ = 0;
   int64_t channel_ = 0, channel_count_ = 0;
   bool packed_ = false;

@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "band_windows.h"
 #include "cache.h"
+#include "fold_kernel.h"
 #include "gather.h"
 #include "parallel.h"
 #include "row_kernel.h"
@@ -50,6 +52,7 @@ struct BandPlan {
   int64_t channels, slice, slices;  // source channels
   int64_t taps = 0;                 // of all phases together
   int64_t width, blocks;            // destination channels of a task
+  int64_t fold;  // terms of a sum side by side in the lanes that few channels leave idle
   int64_t boxes_per_task, boxes;
   bool direct;  // sums go straight to the destination
   bool possible = false;
@@ -63,24 +66,41 @@ struct BandPlan {
   }
   bool only_column() const { return columns.span == 0; }
   int64_t band_elements() const {
-    return rows.band(rows.extent) * columns.band(columns.extent) * pitch(slice);
+    // A folded run is read to the end of a vector.
+    return rows.band(rows.extent) * columns.band(columns.extent) * pitch(slice) + kLanes<T>;
   }
   int64_t box_pixels() const { return rows.extent * columns.extent; }
-  int64_t padded_width() const { return round_up(width, kLanes<T>); }
+  int64_t padded_width() const { return round_up(width, kLanes<T> / fold); }
+  int64_t tile_pixels() const { return fold > 1 ? FoldTile<T>::pixels : RowTile<T>::pixels; }
+  // Rows of packed weights of one phase.
+  int64_t panel_rows(const Gather<S>& phase, int64_t count) const {
+    const auto& taps_of = phase.source.taps;
+    return taps_of[0].size() * weight_rows(tap_runs(taps_of[1], pitch(count), count), fold);
+  }
+  int64_t panel_elements() const {
+    if (fold == 1) return taps * slice * padded_width();
+    int64_t elements = 0;
+    for (const Gather<S>& phase : phases.list) elements += panel_rows(phase, slice) * kLanes<T>;
+    return elements;
+  }
+  // Packed weights of one phase before they are folded.
+  int64_t unfolded_elements() const { return fold == 1 ? 0 : (taps * slice + fold) * padded_width(); }
   int64_t sum_elements() const {
     return direct ? 0 : boxes_per_task * box_pixels() * padded_width();
   }
+  int64_t bias_elements() const { return fold == 1 ? padded_width() : kLanes<T>; }
   int64_t tasks() const { return any().groups * blocks * ceil_div(boxes, boxes_per_task); }
   int64_t scratch_bytes() const {
-    return Scratch::bytes_for<T>(taps * slice * padded_width()) +
+    return Scratch::bytes_for<T>(panel_elements()) + Scratch::bytes_for<T>(unfolded_elements()) +
            Scratch::bytes_for<T>(band_elements()) + Scratch::bytes_for<T>(sum_elements()) +
-           Scratch::bytes_for<T>(padded_width());
+           Scratch::bytes_for<T>(bias_elements());
   }
 
  private:
   const BlockBytes bytes_;
   void plan_axis(BandAxis& axis, int index);
   void plan_slices(int64_t most_taps);
+  void plan_fold();
   void plan_boxes();
   void plan_tasks();
   void count_boxes() { boxes = any().batch * rows.boxes() * columns.boxes(); }
@@ -100,12 +120,13 @@ BandPlan<S>::BandPlan(const Phases<S>& phases_) : phases(phases_) {
   plan_axis(rows, 0);
   plan_axis(columns, 1);
   plan_slices(most_taps);
+  plan_fold();
   // Fewer lanes or pixels than this would leave most of the kernel's registers idle. The columns of
   // a 1×1 layer may be pixels of the whole batch, and a batch must not change how an image is summed.
   const bool few_pixels = taps > 1 && columns.size < 4 * columns.phase_step;
-  if (g.destination.channels < 3 * kLanes<T> / 4 || few_pixels) return;
-  direct = std::is_same_v<S, T> && g.destination.stride[1] == 1 &&
-           g.destination.channels % kLanes<T> == 0;
+  if (few_pixels) return;
+  direct = std::is_same_v<S, T> && (g.destination.stride[1] == 1 || g.destination.channels == 1) &&
+           g.destination.channels % (kLanes<T> / fold) == 0;
   const int64_t strip = RowTile<T>::strip, D = g.destination.channels;
   const int64_t row_bytes = taps * slice * static_cast<int64_t>(sizeof(T));
   width = std::max(strip, bytes_.panel / row_bytes / strip * strip);
@@ -145,6 +166,21 @@ void BandPlan<S>::plan_slices(int64_t most_taps) {
   while (slice > 16 && least_band() > kMostBandBytes / 2) slice = ceil_div(slice, 2);
   if (slice < channels) slice = std::min(channels, slice > 16 ? round_up(slice, 16) : slice);
   slices = ceil_div(channels, slice);
+}
+
+// The fold with the fewest rows of weights, the smallest among equals.
+template <class S>
+void BandPlan<S>::plan_fold() {
+  int64_t best = INT64_MAX;
+  const int64_t most = kLanes<T> / any().destination.channels;
+  for (int64_t candidate = 1; candidate <= std::max<int64_t>(1, most); candidate *= 2) {
+    int64_t length = 0;
+    for (const Gather<S>& phase : phases.list) {
+      const auto& of = phase.source.taps;
+      length += of[0].size() * weight_rows(tap_runs(of[1], pitch(slice), slice), candidate);
+    }
+    if (length < best) best = length, fold = candidate;
+  }
 }
 
 // Boxes as large as band and sums may be, cut into equal parts.

@@ -48,10 +48,11 @@ struct Strips {
   static constexpr int64_t strip = RowTile<T>::strip;
   T* to;
   int64_t rows, width;
+  int64_t vector = kLanes<T>;  // the last strip's width is a multiple of it
 
   int64_t lanes(int64_t d) const {
     const int64_t left = width - d / strip * strip;
-    return left >= strip ? strip : (left + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    return left >= strip ? strip : (left + vector - 1) / vector * vector;
   }
   T* at(int64_t k, int64_t d) const {
     return to + d / strip * strip * rows + k * lanes(d) + d % strip;
