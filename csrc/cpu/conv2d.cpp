@@ -1,9 +1,9 @@
 // Convolution and its input gradient. Five ways, asked in this order (at the end of this file):
 //
 //   depth-wise  groups of few channels share the lanes of a vector (conv2d_depthwise.cpp)
-//   small       few pixels or few output channels: weights are multiplied where they lie
+//   small       few pixels and many channels: weights are multiplied where they lie
 //               (conv2d_small.cpp)
-//   scatter     input gradients of few channels (conv2d_scatter.cpp)
+//   scatter     input gradients of few channels from many (conv2d_scatter.cpp)
 //   band        channels take the vector side of the micro-kernel, windows of a padded copy of
 //               the image the other (conv2d_band.cpp): nearly every layer
 //   planar      pixels take the vector side, and patches are packed as panels of a GEMM (below):

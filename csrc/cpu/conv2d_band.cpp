@@ -3,7 +3,8 @@
 // A task owns a box of the destination: some rows and columns, up to a few hundred channels. It
 // copies the source's part under it into a band (band.h), with zeros left and right, packs the
 // weights as strips, and multiplies windows of the band with the strips (row_kernel.h). The
-// memory layouts of source and destination matter to the copies alone.
+// memory layouts of source and destination matter to the copies alone. Where channels are too few
+// to fill a vector, its lanes take terms of the sum too (fold_kernel.h).
 //
 // Sums run over slices of source channels, and inside a slice over (row tap, column tap, channel)
 // in chains short enough to round as little as PyTorch. Both depend on the convolution's channels
@@ -183,7 +184,7 @@ class Worker {
   void multiply_row(typename RowTile<T>::Arguments& tile, const BandWindows::Rows& group,
                     const T* windows, T* to, int64_t columns, int64_t from,
                     bool accumulate) const {
-    const int64_t parts = ceil_div(columns, plan_.tile_pixels());
+    const int64_t parts = ceil_div(columns, plan_.tile_pixels(vectors(from)));
     for (int64_t part = 0, at = 0; part < parts; ++part) {
       const int64_t count = (columns - at) / (parts - part);
       tile.a = windows + at * tile.pitch;

@@ -71,7 +71,9 @@ struct BandPlan {
   }
   int64_t box_pixels() const { return rows.extent * columns.extent; }
   int64_t padded_width() const { return round_up(width, kLanes<T> / fold); }
-  int64_t tile_pixels() const { return fold > 1 ? FoldTile<T>::pixels : RowTile<T>::pixels; }
+  int64_t tile_pixels(int64_t vectors) const {
+    return fold > 1 ? FoldTile<T>::pixels : RowTile<T>::pixels_of(vectors);
+  }
   // Rows of packed weights of one phase.
   int64_t panel_rows(const Gather<S>& phase, int64_t count) const {
     const auto& taps_of = phase.source.taps;
@@ -121,10 +123,6 @@ BandPlan<S>::BandPlan(const Phases<S>& phases_) : phases(phases_) {
   plan_axis(columns, 1);
   plan_slices(most_taps);
   plan_fold();
-  // Fewer lanes or pixels than this would leave most of the kernel's registers idle. The columns of
-  // a 1×1 layer may be pixels of the whole batch, and a batch must not change how an image is summed.
-  const bool few_pixels = taps > 1 && columns.size < 4 * columns.phase_step;
-  if (few_pixels) return;
   direct = std::is_same_v<S, T> && (g.destination.stride[1] == 1 || g.destination.channels == 1) &&
            g.destination.channels % (kLanes<T> / fold) == 0;
   const int64_t strip = RowTile<T>::strip, D = g.destination.channels;

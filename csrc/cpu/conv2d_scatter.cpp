@@ -226,8 +226,9 @@ class Scatter {
 bool scatter_is_cheaper(const Conv2dShape& shape) {
   const int64_t C = shape.in_channels / shape.groups, O = shape.out_channels / shape.groups;
   const Axis down(shape, 0);
-  // A gather multiplies whole vectors of input channels.
-  const bool few_channels = C < 12 && O >= 8;
+  // A gather fills its vectors with terms of each sum where input channels do not (fold_kernel.h),
+  // but terms are few where a stride is large.
+  const bool few_channels = (C <= 4 || (C > 8 && C < 12)) && O >= 32;
   const int64_t row_bytes = row_elements(shape) * static_cast<int64_t>(sizeof(double));
   return few_channels && row_bytes * std::min(shortest_band(down), shape.height) <= kBandBytes;
 }

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kFewPixels = 9;          // of the output: always this kernel's
 constexpr int64_t kMostPixels = 64;
-constexpr int64_t kFewOutputs = 4;
+constexpr int64_t kManyChannels = 32;
 constexpr int64_t kMostInputPixels = 256;  // whose gradient is summed in scratch
 constexpr int64_t kDotLength = 1024;       // of weights that stay in the first-level cache
 constexpr int64_t kSumLength = 256;        // longest sum in registers of the gradient
@@ -60,8 +60,8 @@ struct Geometry {
   bool pays(bool narrow) const {
     // The pixels of a 1×1 layer may be a batch (a linear layer's rows), whose size must not decide.
     if (shape.kernel[0] * shape.kernel[1] == 1) return false;
-    if (!(last || planar_) || C * shape.kernel[1] < 8 || rows.empty() || columns.empty())
-      return false;
+    // Few weights are soon packed.
+    if (!(last || planar_) || C < kManyChannels || rows.empty() || columns.empty()) return false;
     const bool idle_taps = 2 * used_ <= shape.kernel[0] * shape.kernel[1];
     return pixels <= kFewPixels || (pixels <= kMostPixels && (narrow || idle_taps));
   }
@@ -157,10 +157,7 @@ bool forward(const Conv2dShape& shape, View4 x, View4 w, const S* bias, View4 y)
   using T = Compute<S>;
   using Tile = DotTile<T>;
   const Geometry g(shape, w);
-  // A few outputs leave the band kernel's lanes empty; patches are runs with channels last.
-  const bool few_outputs = g.O <= kFewOutputs && g.last && x.stride[1] == 1 &&
-                           g.C >= kLanes<T> && !g.rows.empty() && !g.columns.empty();
-  if (!few_outputs && !g.pays(shape.out_width < 4)) return false;
+  if (!g.pays(shape.out_width < 4)) return false;
   int64_t length;
   const std::vector<Run> runs = weight_runs<T>(g, &length);
   const int64_t element = sizeof(T), total = shape.batch * g.pixels;
@@ -284,7 +281,10 @@ bool input_grad(const Conv2dShape& shape, View4 dy, View4 w, View4 dx) {
   using Tile = StripTile<T>;
   const Geometry g(shape, w);
   const int64_t element = sizeof(T), in_pixels = shape.height * shape.width;
-  if (!g.pays(shape.width < 4 * shape.stride[1]) || in_pixels > kMostInputPixels) return false;
+  // Each product is added to memory: it must be a long sum by then.
+  if (g.O < kManyChannels || !g.pays(shape.width < 4 * shape.stride[1]) ||
+      in_pixels > kMostInputPixels)
+    return false;
   const int64_t wanted = std::max<int64_t>(1, ceil_div(2 * thread_count() - 1, shape.groups));
   int64_t width = std::min(g.C, round_up(ceil_div(g.C, wanted), Tile::width));
   auto image_bytes = [&] {

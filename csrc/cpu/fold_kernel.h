@@ -18,7 +18,11 @@ namespace pyvit {
 
 template <class T>
 struct FoldTile {
-  static constexpr int pixels = kLanes<T> == 16 ? 16 : 8;
+#if defined(__AVX512F__)
+  static constexpr int pixels = 16;
+#else
+  static constexpr int pixels = 12;
+#endif
 };
 
 // Elements p[0 : Fold] again and again.

@@ -26,6 +26,12 @@ struct RowTile {
   static constexpr int pixels = 4, vectors = 3;  // 12 + 3 + 1 of 16; narrow images fill 4 pixels
 #endif
   static constexpr int strip = vectors * lanes;  // channels of a whole strip of B
+  // With fewer vectors more pixels keep as many sums under way.
+#if defined(__AVX512F__)
+  static constexpr int pixels_of(int64_t) { return pixels; }
+#else
+  static constexpr int pixels_of(int64_t count) { return pixels * vectors / count; }
+#endif
 
   struct Arguments {
     const T* a;      // first window
@@ -108,18 +114,19 @@ constexpr auto row_kernel_table(std::integer_sequence<int, Rows...>) {
 }
 template <class T, int Vectors>
 inline constexpr auto kRowKernels =
-    row_kernel_table<T, Vectors>(std::make_integer_sequence<int, RowTile<T>::pixels>{});
+    row_kernel_table<T, Vectors>(
+        std::make_integer_sequence<int, RowTile<T>::pixels_of(Vectors)>{});
 
 template <class T, int... Vectors>
 constexpr auto row_kernels_by_vectors(std::integer_sequence<int, Vectors...>) {
-  return std::array<std::array<typename RowTile<T>::Kernel, RowTile<T>::pixels>,
-                    sizeof...(Vectors)>{kRowKernels<T, Vectors + 1>...};
+  return std::array<const typename RowTile<T>::Kernel*, sizeof...(Vectors)>{
+      kRowKernels<T, Vectors + 1>.data()...};
 }
 template <class T>
 inline constexpr auto kRowKernelTable =
     row_kernels_by_vectors<T>(std::make_integer_sequence<int, RowTile<T>::vectors>{});
 
-// `rows` windows × a strip of so many vectors.
+// `rows` windows × a strip of so many vectors; at most pixels_of(vectors) rows.
 template <class T>
 inline void run_row_kernel(int64_t rows, int64_t vectors,
                            const typename RowTile<T>::Arguments& g) {
