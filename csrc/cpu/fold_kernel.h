@@ -97,14 +97,27 @@ void store_folded(const typename RowTile<T>::Arguments& g, const T* sums, int64_
       g.c[r * g.c_pitch + o] = g.base[r * g.base_pitch + o] + sums[r * width + o];
 }
 
+template <class T>
+using MaskLane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// [k]: all bits of the first k lanes of each Fold.
+template <class T, int Fold>
+constexpr auto fold_masks() {
+  std::array<std::array<MaskLane<T>, kLanes<T>>, Fold> masks{};
+  for (int k = 0; k < Fold; ++k)
+    for (int i = 0; i < kLanes<T>; ++i) masks[k][i] = i % Fold < k ? -1 : 0;
+  return masks;
+}
+template <class T, int Fold>
+inline constexpr auto kFoldMasks = fold_masks<T, Fold>();
+
 template <class T, int Fold, int... Row>
 inline void fold_kernel(const typename RowTile<T>::Arguments& g,
                         std::integer_sequence<int, Row...>) {
   constexpr int L = kLanes<T>, rows = sizeof...(Row), bases = (rows + 2) / 3;
   constexpr auto lanes = std::make_integer_sequence<int, L>{};
   constexpr int vectors = (rows + Fold - 1) / Fold;  // of the result
-  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  using Mask = typename VectorOf<Bits>::type;
+  using Mask = typename VectorOf<MaskLane<T>>::type;
   const int64_t pitch = g.pitch * static_cast<int64_t>(sizeof(T));
   Vec<T> sum[vectors * Fold] = {};
   for (int64_t r = 0; r < g.run_count; ++r) {
@@ -128,10 +141,8 @@ inline void fold_kernel(const typename RowTile<T>::Arguments& g,
       }
     }
     if (k > 0) {
-      Bits inside[L];
-      for (int i = 0; i < L; ++i) inside[i] = i % Fold < k ? -1 : 0;
       Mask mask;
-      std::memcpy(&mask, inside, sizeof mask);
+      std::memcpy(&mask, kFoldMasks<T, Fold>[k].data(), sizeof mask);
       const Vec<T> bk = load(b);
       ((sum[Row] = fma((Vec<T>)((Mask)window(Row) & mask), bk, sum[Row])), ...);
     }
