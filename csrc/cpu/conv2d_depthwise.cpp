@@ -5,7 +5,8 @@
 // channels of its own group, one slot after the other. A task owns such a vector and a box of the
 // destination. It copies the source's part under the box into a band that has the slots in their
 // lanes (lane_band.h) and multiplies windows of it (lane_kernel.h). The memory layouts of source
-// and destination matter to the copies alone.
+// and destination matter to the copies alone. Where the images have the lanes side by side already,
+// nothing is copied (lane_in_place.h).
 //
 // Rows outside the image are skipped, columns outside are zeros in the band. Sums run over (slot,
 // row tap, column tap) in chains whose length depends on the kernel and the image alone.
@@ -14,12 +15,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "lane_in_place.h"
 #include "lane_plan.h"
+#include "lane_weights.h"
 
 namespace pyvit {
 namespace {
-
-constexpr int64_t kChainLength = 384;  // longest sum in registers, about
 
 // What one thread needs for its tasks.
 template <class S>
@@ -30,15 +31,14 @@ class LaneWorker {
  public:
   LaneWorker(const LanePlan<S>& plan, const int64_t kernel[2])
       : plan_(plan),
-        kernel_columns_(kernel[1]),
-        most_rows_(std::max<int64_t>(1, kChainLength / kernel[1])) {
+        weights_(plan, kernel),
+        most_rows_(std::max<int64_t>(1, kLaneChain / kernel[1])) {
     Scratch scratch(plan.scratch_bytes());
     panel_ = scratch.take<T>(plan.blocks_per_task * plan.panel_elements());
     kernels_ = scratch.take<T>(plan.kernel_elements());
     band_ = scratch.take<T>(plan.band_elements());
-    sums_ = scratch.take<T>(plan.box_pixels() * L);
+    sums_ = scratch.take<T>(plan.sum_elements());
     bias_ = scratch.take<T>(plan.blocks_per_task * L);
-    find_places(kernel);
   }
 
   void run(int64_t task) {
@@ -59,27 +59,6 @@ class LaneWorker {
   }
 
  private:
-  // Where tap (row, column) of the kernel stands in the panel, for slot 0 and in vectors; what
-  // another slot adds; -1 where no destination pixel uses it.
-  struct Place {
-    int64_t first = -1, slot_stride = 0;
-  };
-
-  void find_places(const int64_t kernel[2]) {
-    places_.resize(kernel[0] * kernel[1]);
-    int64_t begin = 0;
-    for (size_t p = 0; p < plan_.phases.list.size(); ++p) {
-      const auto& taps = plan_.phases.list[p].source.taps;
-      const TapAxis &down = plan_.taps[0][p], &across = plan_.taps[1][p];
-      first_place_.push_back(begin);
-      for (const Tap& i : taps[0])
-        for (const Tap& j : taps[1])
-          places_[i.kernel * kernel_columns_ + j.kernel] = {
-              begin + down.place(i) * across.count + across.place(j), down.count * across.count};
-      begin += plan_.slots * down.count * across.count;
-    }
-  }
-
   void enter(int64_t group) {
     group_ = group;
     const int64_t first = group * plan_.blocks_per_task;
@@ -91,7 +70,7 @@ class LaneWorker {
       const LaneBlock<T>& block = blocks_.back();
       if (plan_.any().bias != nullptr)
         widen_run(bias_ + (b - first) * L, plan_.any().bias + block.first, block.count);
-      pack_panel(block, panel_ + (b - first) * plan_.panel_elements());
+      weights_.pack(panel_ + (b - first) * plan_.panel_elements(), kernels_, block);
     }
   }
 
@@ -131,42 +110,6 @@ class LaneWorker {
         const int64_t window = w + taps.first + reaching.begin * taps.spacing - first_column_;
         segments_[p].push_back({at, count, window * L, reaching});
         at += count;
-      }
-    }
-  }
-
-  // Each lane's kernels as a row, then all of them transposed and put where the sums want them.
-  void pack_panel(const LaneBlock<T>& block, T* panel) {
-    const int64_t taps = places_.size(), length = plan_.slots * taps;
-    const Gather<S>& g = plan_.any();
-    const int64_t* stride = g.weights.stride;
-    const bool run = stride[3] == 1 && stride[2] == kernel_columns_;
-    if (block.count < L) std::fill(kernels_, kernels_ + length * L, T(0));
-    for (int64_t l = 0; l < block.count; ++l) {
-      const int64_t channel = block.first + l;
-      const S* of_lane = g.weights.data + channel / plan_.per_group * g.group_stride +
-                         channel % plan_.per_group * stride[0];
-      T* to = kernels_ + l * length;
-      for (int64_t s = 0; s < plan_.slots; ++s, of_lane += stride[1], to += taps) {
-        if (run) {
-          widen_run(to, of_lane, taps);
-          continue;
-        }
-        for (int64_t t = 0; t < taps; ++t)
-          to[t] = widen(
-              of_lane[t / kernel_columns_ * stride[2] + t % kernel_columns_ * stride[3]]);
-      }
-    }
-    T turned[L * L];
-    int64_t slot = 0, tap = 0;
-    for (int64_t e = 0; e < length; e += L) {
-      const int64_t count = std::min(L, length - e);
-      transpose(turned, L, kernels_ + e, length, 1, L, count);
-      for (int64_t i = 0; i < count; ++i) {
-        const Place& place = places_[tap];
-        if (place.first >= 0)
-          store(panel + (place.first + slot * place.slot_stride) * L, load(turned + i * L));
-        if (++tap == taps) tap = 0, ++slot;
       }
     }
   }
@@ -232,7 +175,7 @@ class LaneWorker {
     }
     const bool fetches = direct();  // pixels are far apart in the destination
     const T* band = band_ + block_ * block_stride_;
-    const T* weights = panel_ + block_ * plan_.panel_elements() + first_place_[p] * L;
+    const T* weights = panel_ + block_ * plan_.panel_elements() + weights_.phase(p);
     int64_t h = down.positions(box_.row, 1).begin;
     for (int64_t r = 0; r < rows; ++r, h += down.step, corner += row_pitch) {
       const Span i = tap_rows.reaching(h, h, down.source_size);
@@ -295,9 +238,8 @@ class LaneWorker {
   }
 
   const LanePlan<S>& plan_;
-  const int64_t kernel_columns_, most_rows_;  // of the kernel in one chain
-  std::vector<Place> places_;
-  std::vector<int64_t> first_place_;  // of each phase
+  const LaneWeights<S> weights_;
+  const int64_t most_rows_;  // of the kernel in one chain
   T *panel_, *kernels_, *band_, *sums_, *bias_;
   int64_t group_ = -1, block_ = 0;
   std::vector<LaneBlock<T>> blocks_;
@@ -313,10 +255,19 @@ template <class S>
 bool conv2d_depthwise(const Phases<S>& phases, const int64_t kernel[2]) {
   const LanePlan<S> plan(phases, kernel);
   if (!plan.possible) return false;
-  parallel_ranges(plan.tasks(), [&](int64_t begin, int64_t end) {
-    LaneWorker<S> worker(plan, kernel);
-    for (int64_t task = begin; task < end; ++task) worker.run(task);
-  });
+  auto run = [&](auto make) {
+    parallel_ranges(plan.tasks(), [&](int64_t begin, int64_t end) {
+      auto worker = make();
+      for (int64_t task = begin; task < end; ++task) worker.run(task);
+    });
+  };
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    if (plan.in_place) {
+      run([&] { return LanesInPlace<S>(plan, kernel); });
+      return true;
+    }
+  }
+  run([&] { return LaneWorker<S>(plan, kernel); });
   return true;
 }
 

@@ -32,21 +32,34 @@ struct LaneTile {
   using Kernel = void (*)(const Arguments&);
 };
 
-// Pixels are `Step` vectors apart, or `pitch` where Step is 0.
+// Pixels are `Step` vectors apart, or `pitch` where Step is 0: x86 addresses reach a pointer and
+// {1, 2} times that, so every third pixel then has a pointer of its own.
 template <class T, int Step, int... Pixel>
 inline void lane_kernel(const typename LaneTile<T>::Arguments& g,
                         std::integer_sequence<int, Pixel...>) {
   constexpr int L = kLanes<T>, pixels = sizeof...(Pixel);
-  const int64_t pitch = Step > 0 ? Step * L : g.pitch;
-  const int64_t tap_stride = g.tap_stride;
+  constexpr int bases = Step > 0 ? 1 : (pixels + 2) / 3, reach = Step > 0 ? pixels : 3;
+  const int64_t pitch = (Step > 0 ? Step * L : g.pitch) * static_cast<int64_t>(sizeof(T));
+  const int64_t tap_stride = g.tap_stride * static_cast<int64_t>(sizeof(T));
   Vec<T> sum[pixels] = {};
   for (int64_t s = 0; s < g.slots; ++s) {
     for (int64_t i = 0; i < g.rows; ++i) {
-      const T* a = g.a + s * g.slot_stride + i * g.row_stride;
+      const char* a[bases];
+      a[0] = reinterpret_cast<const char*>(g.a + s * g.slot_stride + i * g.row_stride);
+#pragma GCC unroll 5
+      for (int q = 1; q < bases; ++q) a[q] = a[q - 1] + 3 * pitch;
       const T* w = g.weights + s * g.weight_slot_stride + i * g.weight_row_stride;
-      for (int64_t j = g.taps; j > 0; --j, a += tap_stride, w += L) {
+      for (int64_t j = g.taps; j > 0; --j, w += L) {
         const Vec<T> wj = load(w);
-        ((sum[Pixel] = fma(load(a + Pixel * pitch), wj, sum[Pixel])), ...);
+        ((sum[Pixel] = fma(load(reinterpret_cast<const T*>(a[Pixel / reach] +
+                                                           Pixel % reach * pitch)),
+                           wj, sum[Pixel])),
+         ...);
+#pragma GCC unroll 5
+        for (int q = 0; q < bases; ++q) {
+          a[q] += tap_stride;
+          asm("" : "+r"(a[q]));  // or the compiler makes it one pointer a pixel, which spills
+        }
       }
     }
   }
@@ -72,10 +85,9 @@ inline constexpr auto kLaneKernels =
 
 template <class T>
 inline void run_lane_kernel(int64_t pixels, const typename LaneTile<T>::Arguments& g) {
-  const int64_t step = g.pitch / kLanes<T>;
-  (step == 1   ? kLaneKernels<T, 1>
-   : step == 2 ? kLaneKernels<T, 2>
-               : kLaneKernels<T, 0>)[pixels - 1](g);
+  (g.pitch == kLanes<T>       ? kLaneKernels<T, 1>
+   : g.pitch == 2 * kLanes<T> ? kLaneKernels<T, 2>
+                              : kLaneKernels<T, 0>)[pixels - 1](g);
 }
 
 }  // namespace pyvit

@@ -11,10 +11,12 @@
 
 namespace pyvit {
 
+constexpr int64_t kLaneChain = 384;               // longest sum in registers, about
 constexpr int64_t kLaneBandBytes = 256 << 10;      // where the rows of a box share little
 constexpr int64_t kMostLaneBandBytes = 384 << 10;
 constexpr int64_t kLanePanelBytes = 384 << 10;     // packed weights of one task
 constexpr int64_t kMostLaneBlocks = 8;             // vectors of lanes of one task
+constexpr int64_t kColumnsOfSpan = 6;  // columns of a layer in place for each that a kernel spans
 constexpr int64_t kRowsOfSpan = 4;  // rows of a box for each row that its neighbour repeats
 
 // The taps of one phase on one axis, in ascending order of their offsets, which are equally spaced.
@@ -61,13 +63,16 @@ struct LanePlan {
   LaneAxis rows, columns;
   int64_t channels, per_group, slots, taps_in_all = 0;
   int64_t blocks, blocks_per_task = 1;
+  bool in_place = false;  // no band: the lanes lie side by side in the images themselves
   bool possible = false;
 
   LanePlan(const Phases<S>& phases_, const int64_t kernel[2]);
 
   const Gather<S>& any() const { return phases.list[0]; }
   LaneBlock<T> block(int64_t index) const {
-    return LaneBlock<T>(index * L, channels, per_group, slots);
+    // In place the last block is a whole one too, and repeats channels of its neighbour.
+    const int64_t first = in_place ? std::min(index * L, channels - L) : index * L;
+    return LaneBlock<T>(first, channels, per_group, slots);
   }
   int64_t band_rows(int64_t pixels) const {
     const int64_t reach = rows.positions(0, pixels).end + rows.last - rows.first + 1;
@@ -79,18 +84,26 @@ struct LanePlan {
     return std::min(last + columns.last - columns.first + 1, 2 * last + columns.source_size);
   }
   int64_t band_elements() const {
-    return blocks_per_task * slots * band_rows(rows.extent) * band_columns(columns.extent) * L;
+    return in_place ? 0 : blocks_per_task * slots * band_rows(rows.extent) * band_columns(columns.extent) * L;
   }
   int64_t panel_elements() const { return slots * taps_in_all * L; }  // of one block
   int64_t kernel_elements() const { return slots * kernel_taps * L; }
   int64_t box_pixels() const { return rows.extent * columns.extent; }
+  // K where a phase's K×K windows overlap as lane_patch.h has them, else 0.
+  int64_t patch_kernel(size_t p) const {
+    const TapAxis &down = taps[0][p], &across = taps[1][p];
+    const bool dense = rows.step == 1 && columns.step == 1 && down.count == across.count &&
+                       down.spacing == 1 && across.spacing == 1;
+    return dense && (down.count == 3 || down.count == 5) ? down.count : 0;
+  }
+  int64_t sum_elements() const { return in_place ? 0 : box_pixels() * L; }
   int64_t boxes() const { return any().batch * rows.boxes() * columns.boxes(); }
   int64_t tasks() const { return ceil_div(blocks, blocks_per_task) * boxes(); }
   int64_t scratch_bytes() const {
     return Scratch::bytes_for<T>(kernel_elements()) +
            Scratch::bytes_for<T>(blocks_per_task * panel_elements()) +
            Scratch::bytes_for<T>(band_elements()) +
-           Scratch::bytes_for<T>(box_pixels() * L) +
+           Scratch::bytes_for<T>(sum_elements()) +
            Scratch::bytes_for<T>(blocks_per_task * L);
   }
 
@@ -98,6 +111,7 @@ struct LanePlan {
   bool few_channels() const;
   void plan_axis(LaneAxis& axis, int index);
   void plan_boxes();
+  bool plan_in_place();
 };
 
 template <class S>
@@ -115,7 +129,7 @@ LanePlan<S>::LanePlan(const Phases<S>& phases_, const int64_t kernel[2])
   if (kernel_elements() * static_cast<int64_t>(sizeof(T)) > kLanePanelBytes) return;
   plan_axis(rows, 0);
   plan_axis(columns, 1);
-  plan_boxes();
+  if (!plan_in_place()) plan_boxes();
 }
 
 // Whether lanes of several groups are fuller than those of one.
@@ -144,6 +158,27 @@ void LanePlan<S>::plan_axis(LaneAxis& axis, int index) {
   }
   if (axis.first > axis.last) axis.first = axis.last = 0;
   axis.cut(1);
+}
+
+// Depth-wise on channels last. Boxes are whole rows of all channels: memory is walked as it lies.
+template <class S>
+bool LanePlan<S>::plan_in_place() {
+  in_place = std::is_same_v<S, T> && per_group == 1 && slots == 1 && channels >= L &&
+             any().source.stride[1] == 1 && any().destination.stride[1] == 1 &&
+             taps_in_all <= kLaneChain &&
+             blocks * panel_elements() * static_cast<int64_t>(sizeof(T)) <= kLanePanelBytes;
+  // A column at an image's side is summed by itself, with the taps that reach the image from it.
+  const int64_t span = columns.last - columns.first;
+  in_place = in_place &&
+             (span <= 2 || kColumnsOfSpan * span * columns.phase_step <= columns.size * columns.step);
+  if (!in_place) return false;
+  blocks_per_task = blocks;
+  const int64_t row_bytes = columns.size * channels * static_cast<int64_t>(sizeof(T));
+  rows.cut(1);
+  while (rows.extent > rows.phase_step &&
+         (rows.extent * row_bytes > kLaneBandBytes || tasks() < 2 * thread_count()))
+    rows.cut(2 * rows.boxes());
+  return possible = scratch_bytes() <= kScratchLimit;
 }
 
 template <class S>
