@@ -16,7 +16,7 @@
 
 namespace pyvit {
 
-constexpr int64_t kLanesInCache = 16 << 20;
+constexpr int64_t kLanesInCache = 14 << 20;  // bytes; beyond them, fetching ahead pays
 
 template <class T>
 class LanesInPlace {
@@ -160,6 +160,9 @@ class LanesInPlace {
         tile.c = c + first_[b];
         tile.base = bias_ + b * L;
         tile.weights = part.weights + b * plan_.panel_elements() + weight;
+        if (fetches_ && plan_.phases.list.size() > 1)
+          for (int64_t q = count; q < 2 * count; ++q)
+            __builtin_prefetch(tile.c + q * tile.c_pitch, 1);
         run_lane_kernel<T>(count, tile);
       }
       at += count;
