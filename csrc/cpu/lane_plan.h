@@ -16,6 +16,7 @@ constexpr int64_t kLaneBandBytes = 256 << 10;      // where the rows of a box sh
 constexpr int64_t kMostLaneBandBytes = 384 << 10;
 constexpr int64_t kLanePanelBytes = 384 << 10;     // packed weights of one task
 constexpr int64_t kMostLaneBlocks = 8;             // vectors of lanes of one task
+constexpr int64_t kMostPairs = 8;  // of a source and a destination channel of one group
 constexpr int64_t kColumnsOfSpan = 6;  // columns of a layer in place for each that a kernel spans
 constexpr int64_t kRowsOfSpan = 4;  // rows of a box for each row that its neighbour repeats
 
@@ -132,13 +133,17 @@ LanePlan<S>::LanePlan(const Phases<S>& phases_, const int64_t kernel[2])
   if (!plan_in_place()) plan_boxes();
 }
 
-// Whether lanes of several groups are fuller than those of one.
+// Whether lanes of several groups pay: their sources must be brought to them slot by slot, while a
+// band (conv2d_band.cpp) takes one group at a time, however few sums that is.
 template <class S>
 bool LanePlan<S>::few_channels() const {
   const int64_t groups_of_block =
       std::min(any().groups, L / per_group + (L % per_group == 0 ? 0 : 2));
+  const int64_t sources = groups_of_block * slots;  // of a vector of lanes
+  const int64_t most_pairs = sources <= L ? std::max(kMostPairs, L) : kMostPairs;
   return any().groups > 1 && 2 * per_group <= L && channels >= L / 4 &&
-         groups_of_block * slots <= kMostLaneSources * L;
+         sources <= kMostLaneSources * L &&
+         slots * per_group <= most_pairs * phases.stride[0] * phases.stride[1];
 }
 
 template <class S>
