@@ -1,4 +1,4 @@
-"""conv2d of groups with few channels: depth-wise layers, multipliers, groups of four."""
+"""conv2d of groups with few channels: depth-wise layers, multipliers, groups of two to twelve."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 SHAPES = {
     "3x3": (2, 40, 9, 17, 40, 3, 1, 1, 1, 40),
     "7x7": (3, 33, 14, 14, 33, 7, 1, 3, 1, 33),
+    "patches": (2, 33, 21, 22, 33, 3, 1, 1, 1, 33),
+    "patches-of-five": (1, 20, 14, 35, 20, 5, 1, 2, 1, 20),
+    "patches-of-phases": (2, 20, 14, 40, 20, 5, 2, 2, 1, 20),
+    "columns-apart": (2, 20, 14, 60, 20, (2, 7), 1, (0, 3), 1, 20),
     "small-image": (5, 96, 3, 3, 96, 7, 1, 3, 1, 96),
     "one-pixel": (3, 21, 1, 1, 21, 3, 1, 1, 1, 21),
     "unused-taps": (2, 40, 1, 2, 40, 11, 3, 5, 1, 40),
@@ -66,7 +70,16 @@ def test_slices_of_larger_tensors(shape, memory_format):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
     "shape",
-    ["3x3", "small-image", "dilated-strided", "boxes", "blocks", "groups-of-four", "long-sums"],
+    [
+        "3x3",
+        "patches",
+        "small-image",
+        "dilated-strided",
+        "boxes",
+        "blocks",
+        "groups-of-four",
+        "long-sums",
+    ],
 )
 def test_repeatable_and_batch_invariant(shape, memory_format):
     check_repeatable_and_batch_invariant(SHAPES[shape], FORMATS[memory_format])

@@ -1,6 +1,6 @@
 // Convolution and its input gradient. Five ways, asked in this order (at the end of this file):
 //
-//   depth-wise  groups of few channels share the lanes of a vector (conv2d_depthwise.cpp)
+//   depth-wise  groups of very few channels share the lanes of a vector (conv2d_depthwise.cpp)
 //   small       few pixels and many channels: weights are multiplied where they lie
 //               (conv2d_small.cpp)
 //   scatter     input gradients of few channels from many (conv2d_scatter.cpp)

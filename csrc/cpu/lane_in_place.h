@@ -23,13 +23,11 @@ class LanesInPlace {
   static constexpr int64_t L = kLanes<T>;
 
  public:
-  LanesInPlace(const LanePlan<T>& plan, const int64_t kernel[2]) : plan_(plan),
-        fetches_(plan.any().batch * plan.channels *
-                     (plan.rows.size * plan.columns.size +
-                      plan.rows.source_size * plan.columns.source_size) *
-                     static_cast<int64_t>(sizeof(T)) >
-                 kLanesInCache),
-        weights_(plan, kernel) {
+  LanesInPlace(const LanePlan<T>& plan, const int64_t kernel[2])
+      : plan_(plan), weights_(plan, kernel) {
+    const int64_t source = plan.rows.source_size * plan.columns.source_size;
+    const int64_t pixels = plan.any().batch * (source + plan.rows.size * plan.columns.size);
+    fetches_ = pixels * plan.channels * static_cast<int64_t>(sizeof(T)) > kLanesInCache;
     Scratch scratch(plan.scratch_bytes());
     panel_ = scratch.take<T>(plan.blocks * plan.panel_elements());
     T* kernels = scratch.take<T>(plan.kernel_elements());
@@ -207,8 +205,8 @@ class LanesInPlace {
   }
 
   const LanePlan<T>& plan_;
-  const bool fetches_;  // the images are too large to be in a cache
   const LaneWeights<T> weights_;
+  bool fetches_;  // ahead: the images are too large to be in a cache
   T *panel_, *bias_;
   std::vector<int64_t> first_;    // channel of each block
   std::vector<Columns> columns_;  // of each phase

@@ -85,7 +85,8 @@ struct LanePlan {
     return std::min(last + columns.last - columns.first + 1, 2 * last + columns.source_size);
   }
   int64_t band_elements() const {
-    return in_place ? 0 : blocks_per_task * slots * band_rows(rows.extent) * band_columns(columns.extent) * L;
+    if (in_place) return 0;
+    return blocks_per_task * slots * band_rows(rows.extent) * band_columns(columns.extent) * L;
   }
   int64_t panel_elements() const { return slots * taps_in_all * L; }  // of one block
   int64_t kernel_elements() const { return slots * kernel_taps * L; }
@@ -173,9 +174,9 @@ bool LanePlan<S>::plan_in_place() {
              taps_in_all <= kLaneChain &&
              blocks * panel_elements() * static_cast<int64_t>(sizeof(T)) <= kLanePanelBytes;
   // A column at an image's side is summed by itself, with the taps that reach the image from it.
-  const int64_t span = columns.last - columns.first;
-  in_place = in_place &&
-             (span <= 2 || kColumnsOfSpan * span * columns.phase_step <= columns.size * columns.step);
+  const int64_t span = columns.last - columns.first, covered = columns.size * columns.step;
+  in_place =
+      in_place && (span <= 2 || kColumnsOfSpan * span * columns.phase_step <= covered);
   if (!in_place) return false;
   blocks_per_task = blocks;
   const int64_t row_bytes = columns.size * channels * static_cast<int64_t>(sizeof(T));
