@@ -13,11 +13,31 @@ namespace pyvit {
 
 constexpr int64_t kChainLength = 384;  // longest sum in registers
 
-// Where a band lies and how: offsets count from the first tap of any phase.
+// Taps of one axis, in order of their offsets: those from `first` to before `last`.
+struct TapRange {
+  int64_t first, last;
+  int64_t size() const { return last - first; }
+  bool operator==(const TapRange& other) const {
+    return first == other.first && last == other.last;
+  }
+};
+
+// The taps that meet an image of `size` rows from position `at` on.
+inline TapRange taps_inside(const std::vector<Tap>& taps, int64_t at, int64_t size) {
+  const auto count = static_cast<int64_t>(taps.size());
+  int64_t first = 0, last = count;
+  while (first < count && at + taps[first].offset < 0) ++first;
+  while (last > first && at + taps[last - 1].offset >= size) --last;
+  return first < last ? TapRange{first, last} : TapRange{0, 0};
+}
+
+// How a band lies: elements from one row, one column to the next, and channels of a pixel.
 struct BandLayout {
-  int64_t first_offset[2];  // of the taps: rows, columns
-  int64_t columns, pitch, channels;
+  int64_t line, pitch, channels;
   int64_t fold;  // elements of a run that meet one row of the weights (fold_kernel.h)
+  bool operator==(const BandLayout& other) const {
+    return line == other.line && pitch == other.pitch && channels == other.channels;
+  }
 };
 
 // Taps of one kernel row that lie side by side in the band: one run of memory.
@@ -41,63 +61,65 @@ inline int64_t weight_rows(const std::vector<TapRun>& runs, int64_t fold) {
   return rows;
 }
 
+// The windows of one phase by the taps that they have, each found once for all boxes.
 class BandWindows {
  public:
   struct Chain {
     int64_t first_run, run_count;
   };
-  // Destination rows whose windows meet the same tap rows; those outside the image are left out.
-  struct Rows {
-    int64_t begin, end, first_chain, chain_count;
+  struct Window {
+    TapRange rows, columns;
+    int64_t first_chain, chain_count;
   };
-  std::vector<BandRun> runs;
+  std::vector<BandRun> runs;  // offsets count from the window's first tap
   std::vector<Chain> chains;
-  std::vector<Rows> groups;
 
-  // The windows of `rows` destination rows; row 0 reads source row `first_row` with offset 0. Taps
-  // are in order of their offsets.
-  void find(const std::vector<Tap> taps[2], const BandLayout& band, int64_t rows,
-            int64_t first_row, int64_t step, int64_t height) {
+  void set_layout(const BandLayout& layout) {
+    if (layout == layout_) return;
+    layout_ = layout;
     runs.clear();
     chains.clear();
-    groups.clear();
-    int64_t begin = -1, end = -1;
-    for (int64_t r = 0; r < rows; ++r) {
-      auto inside = [&, h = first_row + r * step](const Tap& tap) {
-        return h + tap.offset >= 0 && h + tap.offset < height;
-      };
-      const auto first = std::find_if(taps[0].begin(), taps[0].end(), inside);
-      const int64_t from = first - taps[0].begin();
-      const int64_t to = std::find_if_not(first, taps[0].end(), inside) - taps[0].begin();
-      if (groups.empty() || from != begin || to != end) {
-        begin = from, end = to;
-        const int64_t chain = chains.size();
-        add_chains(taps, band, begin, end);
-        groups.push_back({r, r, chain, static_cast<int64_t>(chains.size()) - chain});
-      }
-      groups.back().end = r + 1;
-    }
+    windows_.clear();
+  }
+
+  // A range of columns begins and ends between runs of side-by-side taps.
+  Window window(const std::vector<Tap> taps[2], const TapRange& rows, const TapRange& columns) {
+    for (const Window& known : windows_)
+      if (known.rows == rows && known.columns == columns) return known;
+    const int64_t first = chains.size();
+    add_chains(taps, rows, columns);
+    windows_.push_back({rows, columns, first, static_cast<int64_t>(chains.size()) - first});
+    return windows_.back();
   }
 
  private:
-  // Chains over the tap rows [begin, end), in the order of the weights.
-  void add_chains(const std::vector<Tap> taps[2], const BandLayout& band, int64_t begin,
-                  int64_t end) {
-    const std::vector<TapRun> row_runs = tap_runs(taps[1], band.pitch, band.channels);
-    const int64_t row_length = weight_rows(row_runs, band.fold), total = (end - begin) * row_length;
+  // Chains over the taps of a window, in the order of the weights.
+  void add_chains(const std::vector<Tap> taps[2], const TapRange& down, const TapRange& across) {
+    const auto [line, pitch, channels, fold] = layout_;
+    const std::vector<TapRun> row_runs = tap_runs(taps[1], pitch, channels);
+    auto left_out = [&](const TapRun& run) {
+      return run.first_tap < across.first || run.first_tap >= across.last;
+    };
+    int64_t of_row = 0;
+    for (const TapRun& run : row_runs)
+      if (!left_out(run)) of_row += ceil_div(run.length, fold);
+    const int64_t total = down.size() * of_row;
     const int64_t longest = ceil_div(total, std::max<int64_t>(1, ceil_div(total, kChainLength)));
-    int64_t k = begin * row_length, room = longest;
+    int64_t k = down.first * weight_rows(row_runs, fold), room = longest;
     start_chain();
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = (taps[0][i].offset - band.first_offset[0]) * band.columns;
+    for (int64_t i = down.first; i < down.last; ++i) {
+      const int64_t row = (taps[0][i].offset - taps[0][down.first].offset) * line;
       for (const TapRun& run : row_runs) {
-        const int64_t column = taps[1][run.first_tap].offset - band.first_offset[1];
-        const int64_t offset = (row + column) * band.pitch;
+        if (left_out(run)) {
+          k += ceil_div(run.length, fold);
+          continue;
+        }
+        const int64_t column = taps[1][run.first_tap].offset - taps[1][across.first].offset;
         for (int64_t done = 0; done < run.length;) {
           if (room == 0) start_chain(), room = longest;
-          const int64_t part = std::min(run.length - done, room * band.fold);
-          const int64_t rows = ceil_div(part, band.fold);
-          runs.push_back({offset + done, part, k});
+          const int64_t part = std::min(run.length - done, room * fold);
+          const int64_t rows = ceil_div(part, fold);
+          runs.push_back({row + column * pitch + done, part, k});
           ++chains.back().run_count;
           done += part, k += rows, room -= rows;
         }
@@ -105,6 +127,9 @@ class BandWindows {
     }
   }
   void start_chain() { chains.push_back({static_cast<int64_t>(runs.size()), 0}); }
+
+  BandLayout layout_{0, 0, 0, 0};
+  std::vector<Window> windows_;
 };
 
 }  // namespace pyvit

@@ -30,20 +30,18 @@ class Worker {
 
  public:
   Worker(const BandPlan<S>& plan, const int64_t kernel[2])
-      : plan_(plan), kernel_columns_(kernel[1]), phases_(plan.phases.list) {
+      : plan_(plan), kernel_columns_(kernel[1]), phases_(plan.phases.list),
+        source_(phases_[0].source) {
+    source_.stride[2] *= plan.views;
     Scratch scratch(plan.scratch_bytes());
     panel_ = scratch.take<T>(plan.panel_elements());
     unfolded_ = scratch.take<T>(plan.unfolded_elements());
     band_ = scratch.take<T>(plan.band_elements());
     sums_ = scratch.take<T>(plan.sum_elements());
     bias_ = scratch.take<T>(plan.bias_elements());
-    for (Gather<S>& phase : phases_) {
-      auto& taps = phase.source.taps;
-      for (auto& axis : taps)
-        std::sort(axis.begin(), axis.end(),
-                  [](const Tap& a, const Tap& b) { return a.offset < b.offset; });
-      places_.push_back(tap_places(taps, kernel[0], kernel[1]));
-    }
+    for (const Gather<S>& phase : phases_)
+      places_.push_back(tap_places(phase.source.taps, kernel[0], kernel[1]));
+    windows_.resize(phases_.size());
   }
 
   void run(int64_t task) {
@@ -64,13 +62,16 @@ class Worker {
 
  private:
   struct Box {
-    int64_t image, row, column, rows, columns;
+    int64_t image, view, row, column, rows, columns;
   };
+  // Of the rows of its view; the last one may have none.
   Box box_of(int64_t index) const {
     const int64_t across = plan_.columns.boxes(), down = plan_.rows.boxes();
     const int64_t row = index / across % down * plan_.rows.extent;
     const int64_t column = index % across * plan_.columns.extent;
-    return {index / across / down, row, column, plan_.rows.count(row),
+    const int64_t view = index / across / down % plan_.views;
+    return {index / across / down / plan_.views, view, row, column,
+            std::min(plan_.rows.extent, plan_.view(view).size - row),
             plan_.columns.count(column)};
   }
 
@@ -129,29 +130,41 @@ class Worker {
     return sums_ + slot * plan_.box_pixels() * plan_.padded_width();
   }
 
+  // Copies the rows of the source under a box; returns the first one.
+  int64_t pack(const Box& box, const RowView& view, int64_t pitch) {
+    const BandAxis &down = plan_.rows, &across = plan_.columns;
+    PatchSource<S>& source = source_;
+    source.data = phases_[0].source.data + view.first_row * phases_[0].source.stride[2];
+    source.height = view.height;
+    const int64_t reached = box.row / down.phase_step * down.step + view.first_offset;
+    const int64_t end = reached + (ceil_div(box.rows, down.phase_step) - 1) * down.step +
+                        down.span + 1;
+    const int64_t begin = std::max<int64_t>(0, reached);
+    pack_band(band_, pitch, source,
+              {box.image, begin, across.first(box.column), channel_,
+               std::min(end, view.height) - begin, across.band(across.extent), channel_count_});
+    return begin;
+  }
+
   void multiply(int64_t index, int64_t slot, bool accumulate) {
     const Box box = box_of(index);
+    if (box.rows <= 0) return;
     const BandAxis &down = plan_.rows, &across = plan_.columns;
+    const RowView view = plan_.view(box.view);
     const int64_t pitch = plan_.pitch(channel_count_);
-    const int64_t band_columns = across.band(box.columns);
-    pack_band(band_, pitch, phases_[0].source,
-              {box.image, box.row / down.phase_step * down.step + down.first_offset,
-               box.column / across.phase_step * across.step + across.first_offset, channel_,
-               down.band(box.rows), band_columns, channel_count_});
+    const int64_t first_row = pack(box, view, pitch);
+    const int64_t first_column = across.first(box.column);
+    const BandLayout layout{across.band(across.extent) * pitch, pitch, channel_count_, plan_.fold};
     const T* panel = panel_;
     for (size_t p = 0; p < phases_.size(); ++p) {
       const Gather<S>& phase = phases_[p];
       const int64_t residue[2] = {static_cast<int64_t>(p) / phases_across(),
                                   static_cast<int64_t>(p) % phases_across()};
       const int64_t rows = ceil_div(box.rows - residue[0], down.phase_step);
+      const int64_t row = box.row / down.phase_step, column = box.column / across.phase_step;
       const int64_t columns = ceil_div(box.columns - residue[1], across.phase_step);
-      windows_.find(phase.source.taps,
-                    {{down.first_offset, across.first_offset},
-                     band_columns,
-                     pitch,
-                     channel_count_,
-                     plan_.fold},
-                    rows, box.row / down.phase_step * down.step, down.step, phase.source.height);
+      BandWindows& windows = windows_[p];
+      windows.set_layout(layout);
       const int64_t length = plan_.panel_rows(phase, channel_count_);
       typename RowTile<T>::Arguments tile;
       tile.pitch = across.step * pitch;
@@ -160,9 +173,8 @@ class Worker {
       if (plan_.direct) {
         const Destination<S>& d = phase.destination;
         corner = reinterpret_cast<T*>(d.data) + box.image * d.stride[0] + first_channel_ +
-                 box.row / down.phase_step * d.stride[2] +
-                 box.column / across.phase_step * d.stride[3];
-        row_pitch = d.stride[2];
+                 (row * plan_.views + box.view) * d.stride[2] + column * d.stride[3];
+        row_pitch = plan_.views * d.stride[2];
         tile.c_pitch = d.stride[3];
       } else {
         const int64_t width = plan_.padded_width();
@@ -173,27 +185,40 @@ class Worker {
       for (int64_t from = 0; from < width_; from += strip) {
         tile.b = panel;
         panel += length * vectors(from) * L;
-        for (const BandWindows::Rows& group : windows_.groups)
-          for (int64_t r = group.begin; r < group.end; ++r)
-            multiply_row(tile, group, band_ + r * down.step * band_columns * pitch,
-                         corner + r * row_pitch + from, columns, from, accumulate);
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t h = (row + r) * down.step + view.first_offset;
+          const TapRange of_rows = taps_inside(phase.source.taps[0], h, view.height);
+          for (const ColumnSegment& segment : plan_.segments[p]) {
+            const int64_t begin = std::max(segment.begin, column);
+            const int64_t end = std::min(segment.end, column + columns);
+            if (begin >= end) continue;
+            const T* first = band_;
+            if (of_rows.size() > 0 && segment.taps.size() > 0)
+              first += (h + phase.source.taps[0][of_rows.first].offset - first_row) * layout.line +
+                       (begin * across.step + phase.source.taps[1][segment.taps.first].offset -
+                        first_column) * pitch;
+            multiply_row(tile, windows, windows.window(phase.source.taps, of_rows, segment.taps),
+                         first, corner + r * row_pitch + (begin - column) * tile.c_pitch + from,
+                         end - begin, from, accumulate);
+          }
+        }
       }
     }
   }
 
-  void multiply_row(typename RowTile<T>::Arguments& tile, const BandWindows::Rows& group,
-                    const T* windows, T* to, int64_t columns, int64_t from,
-                    bool accumulate) const {
+  void multiply_row(typename RowTile<T>::Arguments& tile, const BandWindows& windows,
+                    const BandWindows::Window& window, const T* first, T* to, int64_t columns,
+                    int64_t from, bool accumulate) const {
     const int64_t parts = ceil_div(columns, plan_.tile_pixels(vectors(from)));
     for (int64_t part = 0, at = 0; part < parts; ++part) {
       const int64_t count = (columns - at) / (parts - part);
-      tile.a = windows + at * tile.pitch;
+      tile.a = first + at * tile.pitch;
       tile.c = to + at * tile.c_pitch;
       tile.base = accumulate ? tile.c : bias_ + from;
       tile.base_pitch = accumulate ? tile.c_pitch : 0;
-      for (int64_t c = 0; c < group.chain_count; ++c) {
-        const BandWindows::Chain& chain = windows_.chains[group.first_chain + c];
-        tile.runs = windows_.runs.data() + chain.first_run;
+      for (int64_t c = 0; c < window.chain_count; ++c) {
+        const BandWindows::Chain& chain = windows.chains[window.first_chain + c];
+        tile.runs = windows.runs.data() + chain.first_run;
         tile.run_count = chain.run_count;
         if (plan_.fold == 1) {
           run_row_kernel<T>(count, vectors(from), tile);
@@ -212,11 +237,12 @@ class Worker {
   // Finished sums of a box to the destination.
   void finish(int64_t index, int64_t slot) const {
     Box box = box_of(index);
+    if (box.rows <= 0) return;
     const Destination<S>& phase = phases_[0].destination;
-    const int64_t row_stride = phase.stride[2] / plan_.rows.phase_step;
+    const int64_t row_stride = plan_.views * phase.stride[2] / plan_.rows.phase_step;
     const int64_t column_stride = phase.stride[3] / plan_.columns.phase_step;
     S* out = phase.data + box.image * phase.stride[0] + first_channel_ * phase.stride[1] +
-             box.row * row_stride + box.column * column_stride;
+             box.view * phase.stride[2] + box.row * row_stride + box.column * column_stride;
     if (row_stride == box.columns * column_stride) box.columns *= box.rows, box.rows = 1;
     const T* from = sums_of(slot);
     const int64_t pitch = plan_.padded_width();
@@ -264,8 +290,9 @@ class Worker {
   const BandPlan<S>& plan_;
   const int64_t kernel_columns_;
   std::vector<Gather<S>> phases_;  // of the present group, with taps in order of their offsets
+  PatchSource<S> source_;          // the rows of the present box's view
   std::vector<std::vector<int64_t>> places_;
-  BandWindows windows_;
+  std::vector<BandWindows> windows_;  // of each phase
   T *panel_, *unfolded_, *band_, *sums_, *bias_;
   int64_t group_ = -1, block_ = -1, first_channel_ = 0, width_ = 0;
   int64_t channel_ = 0, channel_count_ = 0;

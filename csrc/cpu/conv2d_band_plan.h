@@ -5,7 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
+#include "band_columns.h"
 #include "band_windows.h"
 #include "cache.h"
 #include "fold_kernel.h"
@@ -18,6 +21,8 @@ namespace pyvit {
 constexpr int64_t kPanelLength = 1152;  // longest operand that is packed whole
 constexpr int64_t kSliceLength = 640;   // a part of one that is not, about
 constexpr int64_t kMostBandBytes = 512 << 10;
+constexpr int64_t kLeastSums = 10;      // vectors that a tile must sum to keep the processor busy
+constexpr int64_t kMostCutTaps = 32;    // of longer kernels, planning the cuts would cost too much
 
 // Parts of the second-level cache. Together with kMostBandBytes they keep within kScratchLimit.
 struct BlockBytes {
@@ -35,20 +40,36 @@ struct BandAxis {
   int64_t extent;     // destination pixels of a box, a multiple of phase_step
   int64_t size;       // of the destination
   int64_t phase_step, step, first_offset, span;
+  int64_t low, high;  // source positions that are read at all, zeros at the sides among them
 
   int64_t band(int64_t pixels) const {
-    return (ceil_div(pixels, phase_step) - 1) * step + span + 1;
+    return std::min((ceil_div(pixels, phase_step) - 1) * step + span + 1, high - low);
   }
   int64_t boxes() const { return ceil_div(size, extent); }
   int64_t count(int64_t begin) const { return std::min(extent, size - begin); }
+  // Where the band of the box from `begin` on starts.
+  int64_t first(int64_t begin) const {
+    const int64_t reached = begin / phase_step * step + first_offset;
+    return std::max(low, std::min(reached, high - band(extent)));
+  }
   void cut(int64_t parts) { extent = round_up(ceil_div(size, parts), phase_step); }
+};
+
+// Every so many rows of the destination, and the source rows that they read: a dilated kernel is a
+// dense one for them.
+struct RowView {
+  int64_t first_row, height;  // of the source, every BandPlan::views rows from there on
+  int64_t first_offset;       // of the taps, in rows of the view
+  int64_t size;               // destination rows
 };
 
 template <class S>
 struct BandPlan {
   using T = Compute<S>;
-  const Phases<S>& phases;
-  BandAxis rows, columns;
+  Phases<S> phases;  // taps are in order of their offsets, those of rows count from the first
+  BandAxis rows, columns;  // rows of a view
+  int64_t views = 1;
+  std::vector<std::vector<ColumnSegment>> segments;  // of each phase
   int64_t channels, slice, slices;  // source channels
   int64_t taps = 0;                 // of all phases together
   int64_t width, blocks;            // destination channels of a task
@@ -58,6 +79,13 @@ struct BandPlan {
   bool possible = false;
 
   explicit BandPlan(const Phases<S>& phases_);
+
+  RowView view(int64_t index) const {
+    const int64_t height = any().source.height, first = index * rows.step + rows.first_offset;
+    const int64_t first_row = (first % views + views) % views;
+    return {first_row, ceil_div(height - first_row, views), (first - first_row) / views,
+            ceil_div(phases.size[0] - index, views)};
+  }
 
   const Gather<S>& any() const { return phases.list[0]; }
   int64_t pitch(int64_t count) const {
@@ -101,11 +129,13 @@ struct BandPlan {
  private:
   const BlockBytes bytes_;
   void plan_axis(BandAxis& axis, int index);
+  void plan_views();
+  void plan_segments();
   void plan_slices(int64_t most_taps);
   void plan_fold();
   void plan_boxes();
   void plan_tasks();
-  void count_boxes() { boxes = any().batch * rows.boxes() * columns.boxes(); }
+  void count_boxes() { boxes = any().batch * views * rows.boxes() * columns.boxes(); }
 };
 
 template <class S>
@@ -113,7 +143,10 @@ BandPlan<S>::BandPlan(const Phases<S>& phases_) : phases(phases_) {
   const Gather<S>& g = any();
   channels = g.source.channels;
   int64_t most_taps = 1;
-  for (const Gather<S>& phase : phases.list) {
+  for (Gather<S>& phase : phases.list) {
+    for (auto& axis : phase.source.taps)
+      std::sort(axis.begin(), axis.end(),
+                [](const Tap& a, const Tap& b) { return a.offset < b.offset; });
     const int64_t of_phase = phase.source.taps[0].size() * phase.source.taps[1].size();
     taps += of_phase;
     most_taps = std::max(most_taps, of_phase);
@@ -121,6 +154,8 @@ BandPlan<S>::BandPlan(const Phases<S>& phases_) : phases(phases_) {
   if (taps == 0) return;
   plan_axis(rows, 0);
   plan_axis(columns, 1);
+  plan_views();
+  plan_segments();
   plan_slices(most_taps);
   plan_fold();
   direct = std::is_same_v<S, T> && (g.destination.stride[1] == 1 || g.destination.channels == 1) &&
@@ -145,7 +180,49 @@ void BandPlan<S>::plan_axis(BandAxis& axis, int index) {
     }
   }
   axis = {0, phases.size[index], phases.stride[index], any().source.step[index], least,
-          most - least};
+          most - least, 0, index == 0 ? any().source.height : any().source.width};
+}
+
+// The rows between the taps of a dilated kernel would be copied for nothing.
+template <class S>
+void BandPlan<S>::plan_views() {
+  const PatchSource<S>& source = any().source;
+  for (Gather<S>& phase : phases.list)
+    for (Tap& tap : phase.source.taps[0]) tap.offset -= rows.first_offset;
+  int64_t between = 0;
+  for (const Tap& tap : source.taps[0]) between = std::gcd(between, tap.offset);
+  const int64_t image =
+      source.height * source.width * channels * static_cast<int64_t>(sizeof(T));
+  if (phases.list.size() > 1 || between < 2 || image <= bytes_.band) return;
+  views = std::min(between, rows.size);
+  if (views < between) return void(views = 1);
+  rows.size = ceil_div(rows.size, views);
+  rows.span /= views;
+  rows.high = ceil_div(source.height, views);
+  for (Tap& tap : phases.list[0].source.taps[0]) tap.offset /= views;
+}
+
+template <class S>
+void BandPlan<S>::plan_segments() {
+  const int64_t vectors =
+      std::min<int64_t>(RowTile<T>::vectors, ceil_div(any().destination.channels, kLanes<T>));
+  const TileCost cost{ceil_div(kLeastSums, vectors), RowTile<T>::pixels};
+  columns.low = INT64_MAX, columns.high = INT64_MIN;
+  for (const Gather<S>& phase : phases.list) {
+    const auto& taps = phase.source.taps[1];
+    const auto count = static_cast<int64_t>(taps.size());
+    const int64_t size = phase.source.grid[1];
+    bool apart = count > 1 && count <= kMostCutTaps;
+    for (int64_t t = 1; t < count; ++t) apart &= taps[t].offset > taps[t - 1].offset + 1;
+    segments.push_back(apart ? column_segments(taps, columns.step, phase.source.width, size, cost)
+                             : std::vector<ColumnSegment>{{0, size, {0, count}}});
+    for (const auto& [begin, end, range] : segments.back()) {
+      if (range.size() == 0) continue;
+      columns.low = std::min(columns.low, begin * columns.step + taps[range.first].offset);
+      columns.high =
+          std::max(columns.high, (end - 1) * columns.step + taps[range.last - 1].offset + 1);
+    }
+  }
 }
 
 template <class S>
@@ -225,7 +302,7 @@ void BandPlan<S>::plan_tasks() {
   };
   // Threads with different pixels pack the same weights, with different channels the same pixels.
   const int64_t weights = taps * any().destination.channels;
-  const bool many_weights = weights > any().batch * rows.size * columns.size;
+  const bool many_weights = weights > any().batch * phases.size[0] * columns.size;
   if (many_weights) cut_channels();
   cut_axis(rows, rows.phase_step);
   cut_axis(columns, 28 * columns.phase_step);
