@@ -206,7 +206,7 @@ template <class S>
 void BandPlan<S>::plan_segments() {
   const int64_t vectors =
       std::min<int64_t>(RowTile<T>::vectors, ceil_div(any().destination.channels, kLanes<T>));
-  const TileCost cost{ceil_div(kLeastSums, vectors), RowTile<T>::pixels};
+  const TileCost cost{ceil_div(kLeastSums, vectors), RowTile<T>::pixels_of(vectors)};
   columns.low = INT64_MAX, columns.high = INT64_MIN;
   for (const Gather<S>& phase : phases.list) {
     const auto& taps = phase.source.taps[1];

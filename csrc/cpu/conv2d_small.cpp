@@ -46,13 +46,8 @@ struct Geometry {
               (C == 1 || t[1] == taps);
     for (int axis = 0; axis < 2; ++axis) {
       std::vector<int64_t>& kept = axis == 0 ? rows : columns;
-      int64_t reaching = 0;
-      for (int64_t i = 0; i < s.kernel[axis]; ++i) {
-        const bool used = reaches(axis, i);
-        reaching += used;
-        if (!last || used) kept.push_back(i);
-      }
-      used_ *= reaching;
+      for (int64_t i = 0; i < s.kernel[axis]; ++i)
+        if (!last || reaches(axis, i)) kept.push_back(i);
     }
   }
 
@@ -62,8 +57,7 @@ struct Geometry {
     if (shape.kernel[0] * shape.kernel[1] == 1) return false;
     // Few weights are soon packed.
     if (!(last || planar_) || C < kManyChannels || rows.empty() || columns.empty()) return false;
-    const bool idle_taps = 2 * used_ <= shape.kernel[0] * shape.kernel[1];
-    return pixels <= kFewPixels || (pixels <= kMostPixels && (narrow || idle_taps));
+    return pixels <= (narrow ? kMostPixels : kFewPixels);
   }
   // The input row or column that tap i of output position o meets; -1 outside the image.
   int64_t input(int axis, int64_t o, int64_t i) const {
@@ -79,7 +73,6 @@ struct Geometry {
     return false;
   }
   bool planar_;
-  int64_t used_ = 1;  // taps that meet the image
 };
 
 // A run of weights of every output channel, and where it begins in a row of patches.
