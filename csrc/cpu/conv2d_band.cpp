@@ -6,9 +6,13 @@
 // memory layouts of source and destination matter to the copies alone. Where channels are too few
 // to fill a vector, its lanes take terms of the sum too (fold_kernel.h).
 //
+// Under a dilated kernel, the box's rows are those that read the same residue of source rows, for
+// which the kernel is dense; and taps that miss the image are left out, for whole rows and for runs
+// of columns (band_columns.h).
+//
 // Sums run over slices of source channels, and inside a slice over (row tap, column tap, channel)
-// in chains short enough to round as little as PyTorch. Both depend on the convolution's channels
-// and kernel only, so a result depends neither on the number of threads nor on the batch.
+// in chains short enough to round as little as PyTorch. Both depend on the layer and the size of
+// its images only, so a result depends neither on the number of threads nor on the batch.
 #include "conv2d_band.h"
 
 #include <algorithm>
