@@ -40,6 +40,10 @@ SHAPES = {
     "narrow": (2, 20, 9, 2, 3, 3, 1, 1, 1, 1),
     "groups": (2, 66, 6, 18, 12, 3, 1, 1, 1, 2),
     "many-to-few": (1, 64, 30, 61, 3, 3, 1, 1, 1, 1),
+    "wide-kernel": (2, 2, 9, 12, 3, (3, 11), 1, (1, 5), 1, 1),
+    "boxes": (2, 3, 60, 301, 4, 3, 1, 1, 1, 1),
+    "pointwise-boxes": (1, 9, 90, 75, 4, 1, 1, 0, 1, 1),
+    "image-groups": (2, 6, 12, 19, 4, 3, 1, 1, 1, 2),
 }
 
 
@@ -73,7 +77,7 @@ def test_slices_of_larger_tensors(shape, memory_format):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
     "shape",
-    ["one-output", "two-outputs", "ten-outputs", "phases", "slices", "pointwise", "pointwise-deep"],
+    ["one-output", "eight-outputs", "ten-outputs", "phases", "slices", "pointwise", "boxes"],
 )
 def test_repeatable_and_batch_invariant(shape, memory_format):
     check_repeatable_and_batch_invariant(SHAPES[shape], FORMATS[memory_format])

@@ -22,6 +22,8 @@ SHAPES = {
     "two-pixels": (2, 33, 2, 1, 70, 3, 1, 1, 1, 1),
     "nine-pixels": (7, 64, 3, 3, 66, 3, 1, 1, 1, 1),
     "whole-image-kernel": (3, 40, 7, 7, 50, 7, 1, 0, 1, 1),
+    "whole-image-few-channels": (5, 3, 4, 6, 37, (4, 6), 1, 0, 1, 1),
+    "whole-image-strided": (2, 18, 5, 1, 20, (5, 1), 3, 0, 1, 1),
     "narrow": (2, 40, 9, 3, 40, 3, 1, 1, 1, 1),
     "strided": (3, 48, 7, 7, 33, 3, 2, 0, 2, 1),
     "strided-far": (2, 70, 4, 4, 64, 3, 3, 0, 1, 1),
@@ -49,14 +51,18 @@ def test_as_accurate_as_torch(shape, dtype, memory_format, weight_format):
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", ["nine-pixels", "strided", "idle-taps"])
+@pytest.mark.parametrize(
+    "shape", ["nine-pixels", "whole-image-few-channels", "strided", "idle-taps"]
+)
 def test_slices_of_larger_tensors(shape, memory_format):
     check_slices(SHAPES[shape], FORMATS[memory_format])
 
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", ["one-pixel", "nine-pixels", "strided", "groups", "long-rows"])
+@pytest.mark.parametrize(
+    "shape", ["one-pixel", "nine-pixels", "strided", "groups", "long-rows", "whole-image-kernel"]
+)
 def test_repeatable_and_batch_invariant(shape, memory_format):
     check_repeatable_and_batch_invariant(SHAPES[shape], FORMATS[memory_format])
 

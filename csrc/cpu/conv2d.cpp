@@ -1,9 +1,11 @@
-// Convolution and its input gradient. Five ways, asked in this order (at the end of this file):
+// Convolution and its input gradient. Six ways, asked in this order (at the end of this file):
 //
 //   depth-wise  groups of very few channels share the lanes of a vector (conv2d_depthwise.cpp)
 //   small       few pixels and many channels: weights are multiplied where they lie
 //               (conv2d_small.cpp)
 //   scatter     input gradients of few channels from many (conv2d_scatter.cpp)
+//   planes      planar images to a few planar channels: pixels take the vector side, and are read
+//               where they lie (conv2d_planes.cpp)
 //   band        channels take the vector side of the micro-kernel, windows of a padded copy of
 //               the image the other (conv2d_band.cpp): nearly every layer
 //   planar      pixels take the vector side, and patches are packed as panels of a GEMM (below):
@@ -12,6 +14,7 @@
 
 #include "conv2d_band.h"
 #include "conv2d_depthwise.h"
+#include "conv2d_planes.h"
 #include "conv2d_scatter.h"
 #include "conv2d_small.h"
 #include "gather.h"
@@ -132,6 +135,7 @@ void run_planar(const Gather<S>& gather) {
 template <class S>
 void run(Phases<S> phases, const int64_t kernel[2]) {
   flatten_pointwise(phases);
+  if (conv2d_planes(phases)) return;
   const bool runs = phases.list.size() == 1 && pixels_are_runs(phases.list[0]);
   if (!runs && conv2d_band(phases, kernel)) return;
   for (const Gather<S>& phase : phases.list) run_planar(phase);

@@ -34,8 +34,11 @@ class Worker {
 
  public:
   Worker(const BandPlan<S>& plan, const int64_t kernel[2])
-      : plan_(plan), kernel_columns_(kernel[1]), phases_(plan.phases.list),
-        source_(phases_[0].source) {
+      : plan_(plan),
+        kernel_columns_(kernel[1]),
+        phases_(plan.phases.list),
+        source_(phases_[0].source),
+        places_(kernel[0] * kernel[1], TapPlace{-1, 0}) {
     source_.stride[2] *= plan.views;
     Scratch scratch(plan.scratch_bytes());
     panel_ = scratch.take<T>(plan.panel_elements());
@@ -43,8 +46,8 @@ class Worker {
     band_ = scratch.take<T>(plan.band_elements());
     sums_ = scratch.take<T>(plan.sum_elements());
     bias_ = scratch.take<T>(plan.bias_elements());
-    for (const Gather<S>& phase : phases_)
-      places_.push_back(tap_places(phase.source.taps, kernel[0], kernel[1]));
+    for (size_t p = 0; p < phases_.size(); ++p)
+      add_tap_places(places_, p, phases_[p].source.taps, kernel[1]);
     windows_.resize(phases_.size());
   }
 
@@ -102,32 +105,34 @@ class Worker {
   int64_t vectors(int64_t from) const { return std::min(strip, round_up(width_ - from, L)) / L; }
 
   void pack_panel() {
-    T* to = panel_;
-    for (size_t p = 0; p < phases_.size(); ++p) {
-      const auto& taps = phases_[p].source.taps;
+    T* to = plan_.fold == 1 ? panel_ : unfolded_;
+    std::vector<WeightBlock<T>> blocks;
+    for (const Gather<S>& phase : phases_) {
+      const auto& taps = phase.source.taps;
       const int64_t rows = taps[0].size() * taps[1].size() * channel_count_;
-      if (rows == 0) continue;
-      T* strips = plan_.fold == 1 ? to : unfolded_;
-      pack_weights<T>(
-          {{strips, rows, width_, L / plan_.fold}, first_channel_, channel_, channel_count_},
-          phases_[p].weights, taps, places_[p], kernel_columns_);
-      to = plan_.fold == 1 ? to + rows * round_up(width_, L) : fold_panel(to, taps);
+      blocks.push_back(
+          {{to, rows, width_, L / plan_.fold}, first_channel_, channel_, channel_count_});
+      to += rows * round_up(width_, L / plan_.fold);
     }
+    pack_weights<T>(blocks, phases_, places_, kernel_columns_);
+    if (plan_.fold > 1) fold_panel();
     packed_ = true;
   }
 
-  // Returns where the panel ends.
-  T* fold_panel(T* to, const std::vector<Tap> taps[2]) const {
-    const auto runs = tap_runs(taps[1], plan_.pitch(channel_count_), channel_count_);
+  void fold_panel() const {
+    T* to = panel_;
     const T* from = unfolded_;
-    for (size_t i = 0; i < taps[0].size(); ++i) {
-      for (const TapRun& run : runs) {
-        fold_kernels<T>(plan_.fold).weights(to, from, run.length);
-        from += run.length * plan_.padded_width();
-        to += ceil_div(run.length, plan_.fold) * L;
+    for (const Gather<S>& phase : phases_) {
+      const auto& taps = phase.source.taps;
+      const auto runs = tap_runs(taps[1], plan_.pitch(channel_count_), channel_count_);
+      for (size_t i = 0; i < taps[0].size(); ++i) {
+        for (const TapRun& run : runs) {
+          fold_kernels<T>(plan_.fold).weights(to, from, run.length);
+          from += run.length * plan_.padded_width();
+          to += ceil_div(run.length, plan_.fold) * L;
+        }
       }
     }
-    return to;
   }
 
   T* sums_of(int64_t slot) const {
@@ -295,7 +300,7 @@ class Worker {
   const int64_t kernel_columns_;
   std::vector<Gather<S>> phases_;  // of the present group, with taps in order of their offsets
   PatchSource<S> source_;          // the rows of the present box's view
-  std::vector<std::vector<int64_t>> places_;
+  std::vector<TapPlace> places_;
   std::vector<BandWindows> windows_;  // of each phase
   T *panel_, *unfolded_, *band_, *sums_, *bias_;
   int64_t group_ = -1, block_ = -1, first_channel_ = 0, width_ = 0;

@@ -113,8 +113,10 @@ struct BandPlan {
     for (const Gather<S>& phase : phases.list) elements += panel_rows(phase, slice) * kLanes<T>;
     return elements;
   }
-  // Packed weights of one phase before they are folded.
-  int64_t unfolded_elements() const { return fold == 1 ? 0 : (taps * slice + fold) * padded_width(); }
+  // The packed weights before they are folded.
+  int64_t unfolded_elements() const {
+    return fold == 1 ? 0 : taps * slice * padded_width();
+  }
   int64_t sum_elements() const {
     return direct ? 0 : boxes_per_task * box_pixels() * padded_width();
   }

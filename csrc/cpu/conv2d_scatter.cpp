@@ -228,7 +228,8 @@ bool scatter_is_cheaper(const Conv2dShape& shape) {
   const Axis down(shape, 0);
   // A gather fills its vectors with terms of each sum where input channels do not (fold_kernel.h),
   // but terms are few where a stride is large.
-  const bool few_channels = (C <= 4 || (C > 8 && C < 12)) && O >= 32;
+  const bool few_channels = shape.kernel[0] * shape.kernel[1] > 1 &&
+                            (C <= 4 || (C > 8 && C < 12)) && O >= 32;
   const int64_t row_bytes = row_elements(shape) * static_cast<int64_t>(sizeof(double));
   return few_channels && row_bytes * std::min(shortest_band(down), shape.height) <= kBandBytes;
 }

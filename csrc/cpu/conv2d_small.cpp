@@ -30,14 +30,13 @@ constexpr int64_t kBytes = 768 << 10;      // of each operand of one task
 struct Geometry {
   const Conv2dShape& shape;
   int64_t C, O, pixels;
-  bool last;  // weights' channels lie side by side
+  bool whole;  // the kernel is as large as the image: one row of weights meets one of pixels
+  bool last;   // weights' channels lie side by side
   std::vector<int64_t> rows, columns;  // kernel rows and columns that take part
 
-  Geometry(const Conv2dShape& s, const View4& w)
-      : shape(s),
-        C(s.in_channels / s.groups),
-        O(s.out_channels / s.groups),
-        pixels(s.out_height * s.out_width) {
+  Geometry(const Conv2dShape& s, const View4& w, bool whole_image)
+      : shape(s), C(s.in_channels / s.groups), O(s.out_channels / s.groups),
+        pixels(s.out_height * s.out_width), whole(whole_image) {
     const int64_t taps = s.kernel[0] * s.kernel[1];
     const bool by_column = s.kernel[1] == 1, by_row = s.kernel[0] == 1;
     const int64_t* t = w.stride;
@@ -53,6 +52,7 @@ struct Geometry {
 
   // Whether to multiply weights where they lie pays; `narrow`: rows too short for a band.
   bool pays(bool narrow) const {
+    if (whole) return true;
     // The pixels of a 1×1 layer may be a batch (a linear layer's rows), whose size must not decide.
     if (shape.kernel[0] * shape.kernel[1] == 1) return false;
     // Few weights are soon packed.
@@ -74,6 +74,27 @@ struct Geometry {
   }
   bool planar_;
 };
+
+// Makes a kernel that covers its whole image a 1×1 kernel of many channels, where memory has the
+// elements of both in one order. Returns whether it did.
+bool flatten_whole_image(Conv2dShape& s, View4& x, View4& w) {
+  const int64_t C = s.in_channels, area = s.height * s.width;
+  bool same = s.groups == 1 && area > 1 && s.out_height == 1 && s.out_width == 1;
+  for (int axis = 0; axis < 2; ++axis)
+    same = same && s.padding[axis] == 0 && s.kernel[axis] == (axis == 0 ? s.height : s.width) &&
+           (s.dilation[axis] == 1 || s.kernel[axis] == 1);
+  auto is_planar = [&](const View4& t) {
+    return t.stride[3] == 1 && t.stride[2] == s.width && (C == 1 || t.stride[1] == area);
+  };
+  auto is_last = [&](const View4& t) {
+    return t.stride[1] == 1 && t.stride[3] == C && t.stride[2] == C * s.width;
+  };
+  if (!same || !((is_planar(x) && is_planar(w)) || (is_last(x) && is_last(w)))) return false;
+  s.in_channels *= area;
+  s.height = s.width = s.kernel[0] = s.kernel[1] = 1;
+  x.stride[1] = w.stride[1] = 1;
+  return true;
+}
 
 // A run of weights of every output channel, and where it begins in a row of patches.
 struct Run {
@@ -146,10 +167,11 @@ void pack_patch(T* to, const Geometry& g, const S* image, const int64_t stride[4
 }
 
 template <class S>
-bool forward(const Conv2dShape& shape, View4 x, View4 w, const S* bias, View4 y) {
+bool forward(Conv2dShape shape, View4 x, View4 w, const S* bias, View4 y) {
   using T = Compute<S>;
   using Tile = DotTile<T>;
-  const Geometry g(shape, w);
+  const bool whole = flatten_whole_image(shape, x, w);
+  const Geometry g(shape, w, whole);
   if (!g.pays(shape.out_width < 4)) return false;
   int64_t length;
   const std::vector<Run> runs = weight_runs<T>(g, &length);
@@ -269,13 +291,14 @@ struct ImageSums {
 };
 
 template <class S>
-bool input_grad(const Conv2dShape& shape, View4 dy, View4 w, View4 dx) {
+bool input_grad(Conv2dShape shape, View4 dy, View4 w, View4 dx) {
   using T = Compute<S>;
   using Tile = StripTile<T>;
-  const Geometry g(shape, w);
+  const bool whole = flatten_whole_image(shape, dx, w);
+  const Geometry g(shape, w, whole);
   const int64_t element = sizeof(T), in_pixels = shape.height * shape.width;
   // Each product is added to memory: it must be a long sum by then.
-  if (g.O < kManyChannels || !g.pays(shape.width < 4 * shape.stride[1]) ||
+  if ((!whole && g.O < kManyChannels) || !g.pays(shape.width < 4 * shape.stride[1]) ||
       in_pixels > kMostInputPixels)
     return false;
   const int64_t wanted = std::max<int64_t>(1, ceil_div(2 * thread_count() - 1, shape.groups));

@@ -18,22 +18,25 @@ struct WeightBlock : Strips<T> {
   int64_t channel, channel_count;  // source channels
 };
 
-// Where each weight of a kernel, counted row by row, stands among the taps; -1: in another phase.
-inline std::vector<int64_t> tap_places(const std::vector<Tap> taps[2], int64_t rows,
-                                       int64_t columns) {
-  std::vector<int64_t> places(rows * columns, -1);
+// Where each weight of a kernel, counted row by row, stands: in which phase's strips, and where
+// among its taps; phase -1: nowhere.
+struct TapPlace {
+  int64_t phase, place;
+};
+inline void add_tap_places(std::vector<TapPlace>& places, int64_t phase,
+                           const std::vector<Tap> taps[2], int64_t columns) {
   int64_t place = 0;
   for (const Tap& i : taps[0])
-    for (const Tap& j : taps[1]) places[i.kernel * columns + j.kernel] = place++;
-  return places;
+    for (const Tap& j : taps[1]) places[i.kernel * columns + j.kernel] = {phase, place++};
 }
 
 // The weights of a channel pair are one run of memory (NCHW): blocks are transposed whole, and
-// their rows put where the order of k wants them.
+// their rows put where the order of k wants them, one block a phase.
 template <class T, class S>
-void pack_kernel_runs(const WeightBlock<T>& block, const Weights<S>& w,
-                      const std::vector<int64_t>& places) {
+void pack_kernel_runs(const std::vector<WeightBlock<T>>& blocks, const Weights<S>& w,
+                      const std::vector<TapPlace>& places) {
   constexpr int64_t L = kLanes<T>;
+  const WeightBlock<T>& block = blocks[0];
   const int64_t taps = places.size();
   // Source channels side by side make one long run; else one run a channel.
   const bool joined = w.stride[1] == taps;
@@ -52,8 +55,9 @@ void pack_kernel_runs(const WeightBlock<T>& block, const Weights<S>& w,
         const int64_t count = std::min(L, length - e);
         transpose(turned, L, from + e, w.stride[0], 1, height, count);
         for (int64_t i = 0; i < count; ++i) {
-          if (places[tap] >= 0)
-            widen_run(block.at(places[tap] * block.channel_count + channel, d), turned + i * L,
+          const auto [phase, place] = places[tap];
+          if (phase >= 0)
+            widen_run(blocks[phase].at(place * block.channel_count + channel, d), turned + i * L,
                       height);
           if (++tap == taps) tap = 0, ++channel;
         }
@@ -63,14 +67,8 @@ void pack_kernel_runs(const WeightBlock<T>& block, const Weights<S>& w,
 }
 
 template <class T, class S>
-void pack_weights(const WeightBlock<T>& block, const Weights<S>& w, const std::vector<Tap> taps[2],
-                  const std::vector<int64_t>& places, int64_t kernel_columns) {
+void pack_taps(const WeightBlock<T>& block, const Weights<S>& w, const std::vector<Tap> taps[2]) {
   constexpr int64_t strip = WeightBlock<T>::strip;
-  const int64_t lanes = block.lanes(block.width - 1), last = (block.width - 1) / strip * strip;
-  if (block.width - last < lanes)
-    std::fill(block.at(0, last), block.at(0, last) + block.rows * lanes, T(0));
-  if (w.stride[3] == 1 && w.stride[2] == kernel_columns && places.size() > 1)
-    return pack_kernel_runs(block, w, places);
   int64_t k = 0;
   for (const Tap& i : taps[0]) {
     for (const Tap& j : taps[1]) {
@@ -88,6 +86,22 @@ void pack_weights(const WeightBlock<T>& block, const Weights<S>& w, const std::v
       k += block.channel_count;
     }
   }
+}
+
+// The weights of all phases.
+template <class T, class S>
+void pack_weights(const std::vector<WeightBlock<T>>& blocks, const std::vector<Gather<S>>& phases,
+                  const std::vector<TapPlace>& places, int64_t kernel_columns) {
+  constexpr int64_t strip = WeightBlock<T>::strip;
+  for (const WeightBlock<T>& block : blocks) {
+    const int64_t lanes = block.lanes(block.width - 1), last = (block.width - 1) / strip * strip;
+    if (block.width - last < lanes && block.rows > 0)
+      std::fill(block.at(0, last), block.at(0, last) + block.rows * lanes, T(0));
+  }
+  const Weights<S>& w = phases[0].weights;
+  if (w.stride[3] == 1 && w.stride[2] == kernel_columns && places.size() > 1)
+    return pack_kernel_runs(blocks, w, places);
+  for (size_t p = 0; p < phases.size(); ++p) pack_taps(blocks[p], w, phases[p].source.taps);
 }
 
 }  // namespace pyvit

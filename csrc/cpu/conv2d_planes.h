@@ -1,0 +1,12 @@
+// Convolution of planar images to few channels: see conv2d_planes.cpp.
+#pragma once
+
+#include "gather.h"
+
+namespace pyvit {
+
+// Whether this way takes the convolution, and does it; defined for every storage type.
+template <class S>
+bool conv2d_planes(const Phases<S>& phases);
+
+}  // namespace pyvit
