@@ -149,10 +149,30 @@ class Worker {
     const int64_t end = reached + (ceil_div(box.rows, down.phase_step) - 1) * down.step +
                         down.span + 1;
     const int64_t begin = std::max<int64_t>(0, reached);
-    pack_band(band_, pitch, source,
-              {box.image, begin, across.first(box.column), channel_,
-               std::min(end, view.height) - begin, across.band(across.extent), channel_count_});
+    const int64_t columns = across.band(across.extent), rows = std::min(end, view.height) - begin;
+    const auto read = rows_read(box, begin - reached, rows);
+    for (int64_t r = 0, run; r < rows; r += run) {
+      for (run = 1; r + run < rows && read[r + run] == read[r];) ++run;
+      if (read[r])
+        pack_band(band_ + r * columns * pitch, pitch, source,
+                  {box.image, begin + r, across.first(box.column), channel_, run, columns,
+                   channel_count_});
+    }
     return begin;
+  }
+
+  // Which of `rows` rows a tap reads from the box; row 0 lies `first` behind the first one reached.
+  std::vector<char> rows_read(const Box& box, int64_t first, int64_t rows) const {
+    const auto& taps = phases_[0].source.taps[0];
+    const bool gaps = phases_.size() == 1 && plan_.rows.span >= static_cast<int64_t>(taps.size());
+    std::vector<char> read(std::max<int64_t>(0, rows), !gaps);
+    for (int64_t r = 0; gaps && r < box.rows; ++r) {
+      for (const Tap& tap : taps) {
+        const int64_t at = r * plan_.rows.step + tap.offset - first;
+        if (at >= 0 && at < rows) read[at] = true;
+      }
+    }
+    return read;
   }
 
   void multiply(int64_t index, int64_t slot, bool accumulate) {
