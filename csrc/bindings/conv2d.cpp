@@ -6,7 +6,8 @@ namespace pyvit {
 namespace {
 
 // `padding` is (top, bottom, left, right); below and right follow from the output's size.
-Conv2dShape shape_of(const Ints& image, const Ints& weight, const Ints& out, const Ints& stride,
+template <class Image, class Weight, class Out>
+Conv2dShape shape_of(const Image& image, const Weight& weight, const Out& out, const Ints& stride,
                      const Ints& padding, const Ints& dilation, int64_t groups) {
   return {image[0],  image[1], image[2],   image[3],   out[1],
           out[2],    out[3],   {weight[2], weight[3]}, {stride[0], stride[1]},
@@ -15,7 +16,7 @@ Conv2dShape shape_of(const Ints& image, const Ints& weight, const Ints& out, con
 
 Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Ints stride, Ints padding,
                Ints dilation, int64_t groups, bool channels_last) {
-  const Ints image = sizes_of(x), kernel = sizes_of(weight);
+  const auto image = x.sizes(), kernel = weight.sizes();
   auto extent = [&](int axis) {
     const int64_t padded = image[2 + axis] + padding[2 * axis] + padding[2 * axis + 1];
     return (padded - dilation[axis] * (kernel[2 + axis] - 1) - 1) / stride[axis] + 1;
@@ -33,7 +34,7 @@ Tensor input_grad(Tensor grad, Tensor weight, Ints input_size, Ints stride, Ints
   Tensor dx = empty_like_options(grad, input_size, channels_last);
   if (dx.numel() == 0) return dx;
   conv2d_input_grad(dtype_of(grad),
-                    shape_of(input_size, sizes_of(weight), sizes_of(grad), stride, padding,
+                    shape_of(input_size, weight.sizes(), grad.sizes(), stride, padding,
                              dilation, groups),
                     view4(grad), view4(weight), view4(dx));
   return dx;
@@ -44,7 +45,7 @@ Tensor weight_grad(Tensor grad, Tensor x, Ints weight_size, Ints stride, Ints pa
   Tensor dw = empty_like_options(grad, weight_size, channels_last);
   if (dw.numel() == 0) return dw;
   conv2d_weight_grad(dtype_of(grad),
-                     shape_of(sizes_of(x), weight_size, sizes_of(grad), stride, padding, dilation,
+                     shape_of(x.sizes(), weight_size, grad.sizes(), stride, padding, dilation,
                               groups),
                      view4(grad), view4(x), view4(dw));
   return dw;

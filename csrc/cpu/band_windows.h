@@ -47,6 +47,7 @@ struct TapRun {
 inline std::vector<TapRun> tap_runs(const std::vector<Tap>& across, int64_t pitch,
                                     int64_t channels) {
   std::vector<TapRun> runs;
+  runs.reserve(across.size());
   for (size_t j = 0; j < across.size(); ++j) {
     const bool joined = j > 0 && pitch == channels && across[j].offset == across[j - 1].offset + 1;
     if (!joined) runs.push_back({static_cast<int64_t>(j), 0});

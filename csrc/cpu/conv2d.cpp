@@ -133,7 +133,7 @@ void run_planar(const Gather<S>& gather) {
 }
 
 template <class S>
-void run(Phases<S> phases, const int64_t kernel[2]) {
+void run(Phases<S>& phases, const int64_t kernel[2]) {
   flatten_pointwise(phases);
   if (conv2d_planes(phases)) return;
   const bool runs = phases.list.size() == 1 && pixels_are_runs(phases.list[0]);

@@ -105,6 +105,7 @@ struct BandPlan {
   // Rows of packed weights of one phase.
   int64_t panel_rows(const Gather<S>& phase, int64_t count) const {
     const auto& taps_of = phase.source.taps;
+    if (fold == 1) return taps_of[0].size() * taps_of[1].size() * count;
     return taps_of[0].size() * weight_rows(tap_runs(taps_of[1], pitch(count), count), fold);
   }
   int64_t panel_elements() const {
@@ -250,7 +251,9 @@ template <class S>
 void BandPlan<S>::plan_fold() {
   int64_t best = INT64_MAX;
   const int64_t most = kLanes<T> / any().destination.channels;
-  for (int64_t candidate = 1; candidate <= std::max<int64_t>(1, most); candidate *= 2) {
+  fold = 1;
+  if (most < 2) return;
+  for (int64_t candidate = 1; candidate <= most; candidate *= 2) {
     int64_t length = 0;
     for (const Gather<S>& phase : phases.list) {
       const auto& of = phase.source.taps;

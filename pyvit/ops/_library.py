@@ -34,9 +34,13 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def _device_type(value: Tensor) -> str:
+    return "cpu" if value.is_cpu else value.device.type  # a device makes its string anew
+
+
 def require_kernels(op: str, value: Tensor) -> None:
     """Raise, naming the way out, where no kernel of ours can take ``value``'s device."""
-    device = value.device.type
+    device = _device_type(value)
     if device == "cpu":
         if _native.loaded_isa is None:
             raise NotImplementedError(
@@ -58,7 +62,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     """
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def asked_for(ctx) -> tuple[bool, ...]:
@@ -71,8 +79,17 @@ def asked_for(ctx) -> tuple[bool, ...]:
     if sum(ctx.needs_input_grad) == 1 or torch.compiler.is_compiling():
         return ctx.needs_input_grad  # a single one is the reason for this call
     # Tensors alone have a place among the next functions, a node those that need a gradient.
-    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
-    return tuple(needed and _will_run(next(nodes)) for needed in ctx.needs_input_grad)
+    nodes = [node for node, _ in ctx.next_functions if node is not None]
+    asked = list(ctx.needs_input_grad)
+    used = False
+    for place in reversed(range(len(asked))):
+        if asked[place]:
+            node = nodes.pop()
+            # Where no other is used, the first one is the reason for this call. It is the image,
+            # a leaf in attacks, for which the answer would come as an exception and take long.
+            asked[place] = _will_run(node) if nodes or used else True
+            used |= asked[place]
+    return tuple(asked)
 
 
 def _will_run(node) -> bool:
@@ -122,10 +139,9 @@ def once_differentiable(op: str):
     return decorate
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast floating tensors as ``F.conv2d`` and SDPA do where autocast is on; else unchanged."""
-    first = next(t for t in tensors if t is not None)
-    device = first.device.type
+    device = _device_type(tensors[0])
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
