@@ -22,6 +22,9 @@ SHAPES = {
     "3x3": (2, 40, 9, 17, 40, 3, 1, 1, 1, 40),
     "7x7": (3, 33, 14, 14, 33, 7, 1, 3, 1, 33),
     "patches": (2, 33, 21, 22, 33, 3, 1, 1, 1, 33),
+    "planes": (2, 20, 10, 50, 20, 3, 1, 1, 1, 20),
+    "planes-one-vector": (2, 20, 9, 16, 20, 3, 1, 2, 1, 20),
+    "planes-unpadded": (1, 20, 7, 35, 20, 3, 1, 0, 1, 20),
     "patches-of-five": (1, 20, 14, 35, 20, 5, 1, 2, 1, 20),
     "patches-of-phases": (2, 20, 14, 40, 20, 5, 2, 2, 1, 20),
     "columns-apart": (2, 20, 14, 60, 20, (2, 7), 1, (0, 3), 1, 20),
@@ -61,7 +64,7 @@ def test_as_accurate_as_torch(shape, dtype, memory_format):
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", ["3x3", "dilated-strided", "tripled", "groups-of-four"])
+@pytest.mark.parametrize("shape", ["3x3", "planes", "dilated-strided", "tripled", "groups-of-four"])
 def test_slices_of_larger_tensors(shape, memory_format):
     check_slices(SHAPES[shape], FORMATS[memory_format])
 
@@ -85,9 +88,10 @@ def test_repeatable_and_batch_invariant(shape, memory_format):
     check_repeatable_and_batch_invariant(SHAPES[shape], FORMATS[memory_format])
 
 
-def test_layouts_agree_bit_for_bit():
-    x, weight, bias = tensors(SHAPES["dilated-strided"], torch.float32)
-    geometry = SHAPES["dilated-strided"][6:]
+@pytest.mark.parametrize("shape", ["dilated-strided", "planes"])
+def test_layouts_agree_bit_for_bit(shape):
+    x, weight, bias = tensors(SHAPES[shape], torch.float32)
+    geometry = SHAPES[shape][6:]
     planar = conv2d(x, weight, bias, *geometry)
     last = conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, *geometry)
     assert last.is_contiguous(memory_format=torch.channels_last)

@@ -6,7 +6,8 @@
 // destination. It copies the source's part under the box into a band that has the slots in their
 // lanes (lane_band.h) and multiplies windows of it (lane_kernel.h). The memory layouts of source
 // and destination matter to the copies alone. Where the images have the lanes side by side already,
-// nothing is copied (lane_in_place.h).
+// nothing is copied (lane_in_place.h), nor for 3×3 layers on planar images whose rows fill a vector
+// (depthwise_planes.h).
 //
 // Rows outside the image are skipped, columns outside are zeros in the band. Sums run over (slot,
 // row tap, column tap) in chains whose length depends on the kernel and the image alone.
@@ -18,6 +19,7 @@
 #include "lane_in_place.h"
 #include "lane_plan.h"
 #include "lane_weights.h"
+#include "depthwise_planes.h"
 
 namespace pyvit {
 namespace {
@@ -251,23 +253,34 @@ class LaneWorker {
 
 }  // namespace
 
+template <class Plan, class Make>
+void run_tasks(const Plan& plan, const Make& make_worker) {
+  parallel_ranges(plan.tasks(), [&](int64_t begin, int64_t end) {
+    auto worker = make_worker();
+    for (int64_t task = begin; task < end; ++task) worker.run(task);
+  });
+}
+
 template <class S>
 bool conv2d_depthwise(const Phases<S>& phases, const int64_t kernel[2]) {
-  const LanePlan<S> plan(phases, kernel);
-  if (!plan.possible) return false;
-  auto run = [&](auto make) {
-    parallel_ranges(plan.tasks(), [&](int64_t begin, int64_t end) {
-      auto worker = make();
-      for (int64_t task = begin; task < end; ++task) worker.run(task);
-    });
-  };
-  if constexpr (std::is_same_v<S, Compute<S>>) {
-    if (plan.in_place) {
-      run([&] { return LanesInPlace<S>(plan, kernel); });
+#if defined(PYVIT_HAS_LANE_MASKS)
+  if constexpr (std::is_same_v<S, float>) {
+    const DepthwisePlan planes(phases);
+    if (planes.possible) {
+      run_tasks(planes, [&] { return DepthwiseWorker(planes); });
       return true;
     }
   }
-  run([&] { return LaneWorker<S>(plan, kernel); });
+#endif
+  const LanePlan<S> plan(phases, kernel);
+  if (!plan.possible) return false;
+  if constexpr (std::is_same_v<S, Compute<S>>) {
+    if (plan.in_place) {
+      run_tasks(plan, [&] { return LanesInPlace<S>(plan, kernel); });
+      return true;
+    }
+  }
+  run_tasks(plan, [&] { return LaneWorker<S>(plan, kernel); });
   return true;
 }
 
