@@ -1,5 +1,5 @@
-// Depth-wise 3×3 layers on planar images: every plane is a convolution of its own, with columns in
-// the lanes (depthwise_plane_kernel.h), so that nothing is copied or transposed (conv2d_depthwise.cpp).
+// Depth-wise 3×3 layers on planar images (conv2d_depthwise.cpp): every plane is a convolution of its
+// own, with columns in the lanes (depthwise_plane_kernel.h); nothing is copied or transposed.
 //
 // A task owns a destination plane, or some rows of it.
 #pragma once
