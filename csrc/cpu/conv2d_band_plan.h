@@ -246,7 +246,7 @@ void BandPlan<S>::plan_slices(int64_t most_taps) {
   slices = ceil_div(channels, slice);
 }
 
-// The fold with the fewest rows of weights, the smallest among equals.
+// The fold with the fewest rows of weights, and the fewest idle lanes among equals.
 template <class S>
 void BandPlan<S>::plan_fold() {
   int64_t best = INT64_MAX;
@@ -259,7 +259,7 @@ void BandPlan<S>::plan_fold() {
       const auto& of = phase.source.taps;
       length += of[0].size() * weight_rows(tap_runs(of[1], pitch(slice), slice), candidate);
     }
-    if (length < best) best = length, fold = candidate;
+    if (length <= best) best = length, fold = candidate;
   }
 }
 

@@ -20,6 +20,7 @@ namespace pyvit {
 namespace {
 
 constexpr int64_t kChunk = 64;                  // terms of a sum in registers, about
+constexpr int64_t kStreams = 16;                // planes of a 1×1 layer read from memory at a time
 constexpr int64_t kPlaneBandBytes = 128 << 10;  // of the copied image
 constexpr int64_t kPlaneSumBytes = 96 << 10;
 constexpr int64_t kPlaneWeightBytes = 256 << 10;
@@ -49,7 +50,7 @@ struct PlanePlan {
     }
     const int64_t taps = s.patch_size() / s.channels, element = sizeof(T);
     K = s.patch_size();
-    chunk = std::min(s.channels, std::max<int64_t>(1, kChunk / taps));
+    chunk = std::min(s.channels, std::max<int64_t>(1, taps == 1 ? kStreams : kChunk / taps));
     pointwise = std::is_same_v<S, T> && taps == 1 && first[0] == 0 && first[1] == 0 &&
                 s.grid[0] <= s.height && s.grid[1] <= s.width;
     // Between two rows lie as many pixels as the kernel spans.
