@@ -56,6 +56,23 @@ SHAPES = {
     "groups of three to two": (2, 36, 9, 11, 24, 3, 1, 1, 1, 12),
     "groups of many to one": (2, 66, 9, 11, 2, 3, 1, 1, 1, 2),
     "groups of nine": (2, 27, 9, 11, 36, 3, 1, 1, 1, 3),
+    # Not whole vectors of channels: the last overlaps the one before.
+    "depthwise, a vector and a half": (2, 24, 14, 15, 24, 3, 1, 1, 1, 24),
+    "depthwise, a strip and some": (2, 41, 30, 33, 41, 3, 1, 1, 1, 41),
+    "depthwise, a strip, a vector and some": (2, 53, 14, 15, 53, 3, 2, 1, 1, 53),
+    # Few channels meet, so that pixels lie in the lanes.
+    "few outputs": (3, 20, 19, 23, 3, 3, 1, 1, 1, 1),
+    "one output, pointwise": (5, 17, 21, 24, 1, 1, 1, 0, 1, 1),
+    "few outputs, images in one run": (40, 9, 7, 5, 2, 1, 1, 0, 1, 1),
+    "few outputs, images apart": (40, 9, 7, 8, 2, 3, 1, 1, 1, 1),
+    "few outputs, strided and dilated": (2, 11, 40, 45, 5, (3, 5), (2, 3), (2, 4), (3, 2), 1),
+    "few outputs, strides that skip": (2, 11, 41, 46, 5, (2, 3), (4, 5), 1, 1, 1),
+    "few outputs, columns in bands": (1, 3, 4, 2100, 5, 3, 1, 1, 1, 1),
+    "few outputs, padding beyond the kernel": (3, 9, 15, 16, 4, 3, 1, 5, 1, 1),
+    "few outputs, too many sums for one block": (1, 150, 24, 25, 3, 7, 1, 3, 1, 1),
+    "few outputs, very many taps": (1, 2, 100, 101, 2, 61, 1, 10, 1, 1),
+    "groups of six to four": (2, 48, 29, 31, 32, 3, 2, 1, 1, 8),
+    "groups of five": (2, 30, 29, 31, 30, 3, 1, 1, 1, 6),
 }
 
 
@@ -169,6 +186,8 @@ def test_strided_inputs(channels, groups):
         (2, 24, 30, 20, 24, 3, 1, 1, 1, 12),
         (1, 256, 7, 7, 300, 3, 1, 1, 1, 1),
         (2, 3, 64, 64, 100, 16, 16, 0, 1, 1),
+        (9, 12, 30, 20, 3, 3, 1, 1, 1, 1),
+        (3, 60, 30, 20, 60, 3, 1, 1, 1, 12),
     ],
 )
 def test_independent_of_threads(shape, memory_format):
@@ -184,17 +203,24 @@ def test_independent_of_threads(shape, memory_format):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_nan_reaches_only_what_reads_it():
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("out, size", [(20, 9), (9, 25)])
+def test_nan_reaches_only_what_reads_it(out, size, memory_format):
     """An image's NaN enters the gradients of its own channel, a gradient's those of its own."""
     x, weight, geometry, grad = inputs(
-        (2, 10, 9, 9, 20, 3, 1, 1, 1, 1), torch.float32, torch.contiguous_format
+        (2, 10, size, size, out, 3, 1, 1, 1, 1), torch.float32, FORMATS[memory_format]
     )
-    x[1, 4, 0, 0] = float("nan")
-    ours = weight_grad(conv2d, x, weight, geometry, grad)
-    assert ours[:, [c for c in range(10) if c != 4]].isfinite().all()
-    # Only the taps that reach the corner from some output pixel read it.
-    assert ours[:, 4, :2, :2].isnan().all() and ours[:, 4, 2].isfinite().all()
-    x[1, 4, 0, 0] = 0.0
+    others = [c for c in range(10) if c != 4]
+    for row, column in ((0, 0), (0, size - 1), (size - 1, 0), (size - 1, size - 1)):
+        x[1, 4, row, column] = float("nan")
+        ours = weight_grad(conv2d, x, weight, geometry, grad)
+        assert ours[:, others].isfinite().all()
+        # Only the taps that reach the corner from some output pixel read it.
+        reads = torch.ones(3, 3, dtype=torch.bool)
+        reads[2 if row == 0 else 0] = False
+        reads[:, 2 if column == 0 else 0] = False
+        assert ours[:, 4, reads].isnan().all() and ours[:, 4, ~reads].isfinite().all()
+        x[1, 4, row, column] = 0.0
     grad[0, 7, 3, 3] = float("nan")
     ours = weight_grad(conv2d, x, weight, geometry, grad)
-    assert ours[7].isnan().all() and ours[[o for o in range(20) if o != 7]].isfinite().all()
+    assert ours[7].isnan().all() and ours[[o for o in range(out) if o != 7]].isfinite().all()

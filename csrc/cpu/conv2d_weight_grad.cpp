@@ -1,13 +1,14 @@
 // dw[o, e] = Σ_p dy[o, p] · patch(x)[e, p], summed over the pixels p of the batch, without
 // unfolding: a band of the image is packed once, and each tap reads it shifted, so that one packed
-// element serves all taps. dy takes the vector side, [pixel][channel]; elements of x are broadcast.
+// element serves all taps. dy takes the vector side, [pixel][channel]; elements of x are broadcast. (Where
+// few channels meet, pixels take the vector side: conv2d_weight_grad_planar.cpp.)
 #include "conv2d.h"
 
 #include <vector>
 
-#include "conv2d_weight_grad_lanes.h"
 #include "conv2d_weight_grad_pack.h"
 #include "conv2d_weight_grad_plan.h"
+#include "conv2d_weight_grad_planar.h"
 #include "conv2d_weight_grad_prefetch.h"
 #include "conv2d_weight_grad_tile.h"
 #include "split_sum.h"
@@ -21,7 +22,7 @@ using namespace weight_gradient;
 template <class S>
 class BlockSum {
   using T = Compute<S>;
-  static constexpr int64_t NR = Panel<T>::NR;
+  static constexpr int64_t NR = Panel<T>::NR, L = kLanes<T>;
   const WeightGradPlan<T>& plan_;
   const Range out_, channels_, taps_[2];
   const bool channels_inside_;  // order of a patch in dw: (row tap, column tap, c), else (c, …)
@@ -70,8 +71,8 @@ class BlockSum {
     const BandWindow window = window_of(band);
     pack_grad_band(grad_, grad_step_, dy, dy_stride, plan_.axis[1].out, band, out_);
     if (plan_.lanes) {
-      LanePacker<S>{plan_, window, out_, channels_, image_rows_, pitch_, channel_step_, strip_step_}
-          .pack(image_, x, x_stride, band.image);
+      LanePacker<S>{plan_, window, out_, image_rows_, pitch_, strip_step_}.pack(
+          image_, x, x_stride, band.image);
     } else {
       ImageBandPacker<S>{plan_, window, channels_.count, image_rows_, pitch_, channel_step_}.pack(
           image_, x + channels_.begin * x_stride[1], x_stride, band.image);
@@ -139,10 +140,7 @@ class BlockSum {
       return {first, lines.source(span.end - 1) + 1 - first};
     };
     next_grad_ = Prefetcher(dy, dy_stride, {band.image, out_, band.row, band.column});
-    const Range read = plan_.lanes
-                           ? Range{out_.begin / plan_.group_out_channels * plan_.channels,
-                                   ceil_div(out_.count, plan_.group_out_channels) * plan_.channels}
-                           : channels_;
+    const Range read = plan_.lanes ? out_ : channels_;
     next_image_ = Prefetcher(x, x_stride, {band.image, read, inside(window.rows, window.row_span),
                                            inside(window.columns, window.column_span)});
   }
@@ -157,18 +155,18 @@ class BlockSum {
   template <class D, class Row>
   void store_run(const Row& row, int64_t first, const T* from, int64_t count) const {
     constexpr int64_t most = 64;
-    T turned[NR * most];
-    for (int64_t o = 0; o < out_.count; o += NR) {
-      const int64_t width = std::min(NR, out_.count - o);
+    T turned[L * most];
+    for (int64_t o = 0; o < out_.count; o += L) {
+      const int64_t width = std::min(L, out_.count - o);
       for (int64_t e = 0; e < count; e += most) {
         const int64_t length = std::min(most, count - e);
+        const T* sums = from + e * ldc_ + o + overlap(o);
         if constexpr (std::is_same_v<D, T>) {
           D* to = row(out_.begin + o);
-          transpose(to + first + e, row(out_.begin + o + 1) - to, from + e * ldc_ + o, ldc_, 1,
-                    length, width);
+          transpose(to + first + e, row(out_.begin + o + 1) - to, sums, ldc_, 1, length, width);
           continue;
         }
-        transpose(turned, most, from + e * ldc_ + o, ldc_, 1, length, width);
+        transpose(turned, most, sums, ldc_, 1, length, width);
         for (int64_t i = 0; i < width; ++i)
           narrow_run(row(out_.begin + o + i) + first + e, turned + i * most, length);
       }
@@ -268,18 +266,26 @@ class BlockSum {
         // The border is too short to fetch anything meanwhile.
         const bool inner = all && rows.taps.count == taps_[0].count;
         int64_t left = ceil_div(out_.count, NR) * Tiles<T>(run, Side::lanes, NR).count();
-        for (int64_t o = 0; o < out_.count; o += NR) {
-          const Tiles<T> tiles(run, Side::lanes, out_.count - o);
+        for (int64_t o = 0, width; o < out_.count; o += width) {
+          width = out_.count - o >= NR ? NR : L;
+          const int64_t from = o - overlap(o);
+          const Tiles<T> tiles(run, Side::lanes, width);
           for (int64_t i = 0; i < runs; ++i) {
             T* sums = sums_ + element(0, rows.taps.begin + i, columns.taps.begin) * ldc_ + o;
             tiles.for_each([&](int64_t e, TileKernel<T> kernel) {
-              kernel(image + o, offsets_.data() + i * run + e, grad + o, loops, sums + e * ldc_,
-                     ldc_, true, next(), inner ? fetch_lines(left--, loops) : 0);
+              kernel(image + from, offsets_.data() + i * run + e, grad + from, loops,
+                     sums + e * ldc_, ldc_, true, next(), inner ? fetch_lines(left--, loops) : 0);
             });
           }
         }
       }
     }
+  }
+
+  // Channels that the last vector, if not full, has in common with the one before: its sums begin
+  // with them.
+  int64_t overlap(int64_t o) const {
+    return plan_.direct ? std::max<int64_t>(0, o + L - out_.count) : 0;
   }
 
   // Row of the sums that holds an element of the patch, counted from the block's first.
@@ -336,52 +342,12 @@ void weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
   });
 }
 
-// Whether x, not dy, should take the vector side: its channels leave fewer lanes idle. With stride 1
-// the two play the same part, and the exchanged result must be small, since it is held twice.
-template <class T>
-bool exchange_pays(const Conv2dShape& shape) {
-  auto used = [](int64_t channels) {
-    return static_cast<double>(channels) / round_up(channels, kLanes<T>);
-  };
-  const int64_t taps = shape.kernel[0] * shape.kernel[1];
-  return shape.groups == 1 && shape.stride[0] == 1 && shape.stride[1] == 1 &&
-         shape.in_channels * shape.out_channels * taps * sizeof(T) <= 1 << 16 &&
-         used(shape.in_channels) > 1.25 * used(shape.out_channels);
-}
-
-// dw[o, c, i] = Σ_h dy[o, h] · x[c, h + i·d − p] = Σ_q x[c, q] · dy[o, q + i'·d − p'] for the tap
-// i' = k − 1 − i and the padding p' = (k − 1)·d − p: a weight gradient with x for dy.
-template <class S>
-void exchanged_weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
-  const int64_t C = shape.in_channels, O = shape.out_channels;
-  const int64_t rows = shape.kernel[0], columns = shape.kernel[1];
-  Conv2dShape other = shape;
-  other.in_channels = O, other.height = shape.out_height, other.width = shape.out_width;
-  other.out_channels = C, other.out_height = shape.height, other.out_width = shape.width;
-  for (int a = 0; a < 2; ++a)
-    other.padding[a] = (shape.kernel[a] - 1) * shape.dilation[a] - shape.padding[a];
-  std::vector<S> turned(C * O * rows * columns);
-  weight_grad<S>(other, x, dy, {turned.data(), {O * rows * columns, rows * columns, columns, 1}});
-  const S* from = turned.data();
-  for (int64_t c = 0; c < C; ++c)
-    for (int64_t o = 0; o < O; ++o)
-      for (int64_t i = rows - 1; i >= 0; --i)
-        for (int64_t j = columns - 1; j >= 0; --j)
-          static_cast<S*>(dw.data)[o * dw.stride[0] + c * dw.stride[1] + i * dw.stride[2] +
-                                   j * dw.stride[3]] = *from++;
-}
-
 }  // namespace
 
 void conv2d_weight_grad(DType dtype, const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
-  dispatch(dtype, [&](auto s) {
-    using S = decltype(s);
-    if (exchange_pays<Compute<S>>(shape)) {
-      exchanged_weight_grad<S>(shape, dy, x, dw);
-    } else {
-      weight_grad<S>(shape, dy, x, dw);
-    }
-  });
+  if (planar_weight_grad_pays(dtype, shape, x))
+    return conv2d_weight_grad_planar(dtype, shape, dy, x, dw);
+  dispatch(dtype, [&](auto s) { weight_grad<decltype(s)>(shape, dy, x, dw); });
 }
 
 }  // namespace pyvit

@@ -146,4 +146,48 @@ class ImageBandPacker {
   }
 };
 
+// The same band, depth-wise: channel l of pixel (image, u, v) goes to
+// dst[l / NR · strip_step + ((image · image_rows + u) · pitch + v) · NR + l % NR], counted from
+// channel out.begin; zeros outside the image.
+template <class S>
+class LanePacker {
+ public:
+  using T = Compute<S>;
+  static constexpr int64_t NR = Panel<T>::NR;
+  const WeightGradPlan<T>& plan;
+  const BandWindow& window;
+  Range out;
+  int64_t image_rows, pitch, strip_step;
+
+  void pack(T* dst, const S* x, const int64_t stride[4], Range images) const {
+    const Span columns = window.column_span;
+    for (int64_t n = 0; n < images.count; ++n) {
+      for (int64_t u = 0; u < window.rows.count; ++u) {
+        const bool outside = u < window.row_span.begin || u >= window.row_span.end;
+        T* to = dst + (n * image_rows + u) * pitch * NR;
+        fill_outside(to, outside ? Span{0, 0} : columns);
+        if (outside) continue;
+        const S* row = x + (images.begin + n) * stride[0] + window.rows.source(u) * stride[2] +
+                       window.columns.source(columns.begin) * stride[3] + out.begin * stride[1];
+        pack_row(to + columns.begin * NR, row, stride[1], window.columns.line_step * stride[3],
+                 columns.end - columns.begin);
+      }
+    }
+  }
+
+ private:
+  void pack_row(T* dst, const S* row, int64_t channel_step, int64_t step, int64_t pixels) const {
+    if (channel_step == 1) return copy_strips(dst, NR, strip_step, row, step, out.count, pixels);
+    for (int64_t o = 0; o < out.count; o += NR, dst += strip_step, row += NR * channel_step)
+      transpose(dst, NR, row, channel_step, step, std::min(NR, out.count - o), pixels);
+  }
+
+  void fill_outside(T* dst, Span inside) const {
+    for (int64_t o = 0; o < out.count; o += NR, dst += strip_step) {
+      std::fill(dst, dst + inside.begin * NR, T(0));
+      std::fill(dst + inside.end * NR, dst + window.columns.count * NR, T(0));
+    }
+  }
+};
+
 }  // namespace pyvit::weight_gradient

@@ -107,16 +107,19 @@ struct Band {
   int64_t pixels() const { return images * rows * columns; }
 };
 
+inline bool is_depthwise(const Conv2dShape& s) {
+  return s.groups > 1 && s.groups == s.in_channels && s.groups == s.out_channels;
+}
+
 template <class T>
 struct WeightGradPlan {
   static constexpr int64_t kBlockBytes = 7 << 17;  // what a task keeps in the second cache
   static constexpr int NR = Panel<T>::NR;
 
-  int64_t images, group_out_channels;
-  // Groups of few output channels side by side fill the lanes: the result is then one group whose
-  // lanes each have channels of their own.
+  int64_t images;
+  // Depth-wise: the result is one group whose lanes each have a channel of their own.
   bool lanes;
-  bool direct = false;  // depth-wise on contiguous channels: the operands are read where they lie
+  bool direct = false;  // ... and the operands, their channels side by side, are read in place
   int64_t groups, out_channels, channels;  // channels: of one output channel
   Axis axis[2];
   int64_t kernel[2];
@@ -131,14 +134,13 @@ struct WeightGradPlan {
 
   WeightGradPlan(const Conv2dShape& s, View4 x)
       : images(s.batch),
-        group_out_channels(s.out_channels / s.groups),
-        lanes(s.groups > 1 && lanes_pay(group_out_channels, s.in_channels / s.groups)),
+        lanes(is_depthwise(s)),
         groups(lanes ? 1 : s.groups),
         out_channels(s.out_channels / groups),
         channels(s.in_channels / s.groups),
         axis{axis_of(s, 0, s.height, s.out_height), axis_of(s, 1, s.width, s.out_width)},
         kernel{s.kernel[0], s.kernel[1]},
-        band(s, lanes && channels > 1 ? 96 : 256),
+        band(s, 256),
         bands{ceil_div(s.batch, band.images), ceil_div(s.out_height, band.rows),
               ceil_div(s.out_width, band.columns)},
         padded(lanes || channels < 8 || !reads_outside()),
@@ -148,11 +150,10 @@ struct WeightGradPlan {
     choose_blocks();
   }
 
-  // Only where values need no widening, and vectors end where the channels do.
+  // Only where values need no widening.
   void read_directly(View4 dy, View4 x) {
-    direct = lanes && group_out_channels == 1 && channels == 1 && block[2] == kernel[0] &&
-             block[3] == kernel[1] && out_channels % kLanes<T> == 0 && x.stride[1] == 1 &&
-             dy.stride[1] == 1;
+    direct = lanes && block[2] == kernel[0] && block[3] == kernel[1] &&
+             out_channels >= kLanes<T> && x.stride[1] == 1 && dy.stride[1] == 1;
   }
 
   // Smaller blocks where `copies` times as many tasks as blocks would leave threads idle.
@@ -215,11 +216,6 @@ struct WeightGradPlan {
  private:
   static Axis axis_of(const Conv2dShape& s, int a, int64_t in, int64_t out) {
     return {out, in, s.stride[a], s.padding[a], s.dilation[a]};
-  }
-  // Whether the lanes of one group are mostly idle, and those of several find their channels close
-  // enough together (see LanePacker).
-  static bool lanes_pay(int64_t out, int64_t in) {
-    return 4 * out <= kLanes<T> && (out == 1 || ceil_div(kLanes<T>, out) * in <= 2 * kLanes<T>);
   }
   bool reads_outside() const {
     for (int a = 0; a < 2; ++a) {

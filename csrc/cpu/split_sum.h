@@ -24,9 +24,10 @@ class SplitSum {
                              Panel<T>::scratch_bytes(Panel<T>::MB, Panel<T>::NB))) {}
 
   // K counts bands of terms that stay together, and a product needs so much scratch. The number of
-  // parts is a power of two, since so is most often the number of threads.
-  static SplitSum of_bands(int64_t K, int64_t elements, int64_t scratch_bytes) {
-    int64_t parts = count_parts(K, elements, 1, scratch_bytes);
+  // parts is a power of two, at most `most`, since so is most often the number of threads.
+  static SplitSum of_bands(int64_t K, int64_t elements, int64_t scratch_bytes,
+                           int64_t most = 16) {
+    int64_t parts = std::min(most, count_parts(K, elements, 1, scratch_bytes));
     while ((parts & (parts - 1)) != 0) parts &= parts - 1;
     return SplitSum(K, elements, 1, parts);
   }
