@@ -12,12 +12,15 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def tensors(shape, dtype, memory_format=torch.contiguous_format):
+def tensors(shape, dtype, memory_format=torch.contiguous_format, weight_format=None):
+    """Image, weight and bias; the weight in the image's format where none is given."""
     batch, channels, height, width, out, kernel, *_, groups = shape
     kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     x = torch.randn(batch, channels, height, width).to(dtype)
     weight = torch.randn(out, channels // groups, *kernel).to(dtype)
-    return x.contiguous(memory_format=memory_format), weight, torch.randn(out).to(dtype)
+    x = x.contiguous(memory_format=memory_format)
+    weight = weight.contiguous(memory_format=weight_format or memory_format)
+    return x, weight, torch.randn(out).to(dtype)
 
 
 def result_and_image_gradient(function, x, weight, bias, geometry, grad):
@@ -28,8 +31,8 @@ def result_and_image_gradient(function, x, weight, bias, geometry, grad):
 
 def check_accuracy(shape, dtype, memory_format, weight_format=torch.contiguous_format):
     geometry = shape[6:]
-    x, weight, bias = tensors(shape, dtype, memory_format)
-    arguments = (x, weight.contiguous(memory_format=weight_format), bias)
+    arguments = tensors(shape, dtype, memory_format, weight_format)
+    weight = arguments[1]
     exact = [a.double() for a in arguments]
     grad = torch.randn_like(F.conv2d(*exact, *geometry)).to(dtype)
     truth = result_and_image_gradient(F.conv2d, *exact, geometry, grad.double())

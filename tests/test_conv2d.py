@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate, assert_within_rounding
-from conv2d_checks import DTYPES, FORMATS
+from conv2d_checks import DTYPES, FORMATS, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import peak_extra_bytes
@@ -49,15 +49,6 @@ SHAPES = {
     # The image's gradient in several bands, the weight's in several partial sums.
     "large-image": (2, 3, 260, 230, 8, 7, 2, 3, 1, 1),
 }
-
-
-def tensors(shape, dtype, memory_format=torch.contiguous_format):
-    batch, channels, height, width, out, kernel, *_, groups = shape
-    kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    x = torch.randn(batch, channels, height, width).to(dtype)
-    weight = torch.randn(out, channels // groups, *kernel).to(dtype)
-    x, weight = (t.contiguous(memory_format=memory_format) for t in (x, weight))
-    return x, weight, torch.randn(out).to(dtype)
 
 
 def with_gradients(function, arguments, geometry, grad):

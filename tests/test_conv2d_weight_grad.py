@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate, assert_within_rounding
+from conv2d_checks import FORMATS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvit.ops import conv2d
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
-
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # batch, in channels, height, width, out channels, kernel, stride, padding, dilation, groups
 SHAPES = {

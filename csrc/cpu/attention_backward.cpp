@@ -263,9 +263,10 @@ class DenseBackward {
           finish(s.at(i, j), dp.at(i, j), load(s.at(i, j)), terms, selection, j);
       }
       if (dq.data != nullptr)
-        sums(dp, m, keys, N, tiles.a_panel, [&](int64_t i, int64_t column, const T* run, int64_t count) {
-          narrow_run(dq[i0 + i] + column, run, count);
-        });
+        sums(dp, m, keys, N, tiles.a_panel,
+             [&](int64_t i, int64_t column, const T* run, int64_t count) {
+               narrow_run(dq[i0 + i] + column, run, count);
+             });
       tiles.add(queries, grads, i0);
     }
     tiles.write(dk, dv, 0);

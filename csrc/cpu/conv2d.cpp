@@ -14,13 +14,13 @@
 
 #include "conv2d_band.h"
 #include "conv2d_depthwise.h"
+#include "conv2d_gather.h"
+#include "conv2d_pixel_group.h"
+#include "conv2d_pixel_strips.h"
 #include "conv2d_planes.h"
 #include "conv2d_scatter.h"
 #include "conv2d_small.h"
-#include "gather.h"
 #include "gemm.h"
-#include "pixel_group.h"
-#include "pixel_strips.h"
 #include "transpose.h"
 
 namespace pyvit {

@@ -1,14 +1,14 @@
 // Convolution (forward, or the phases of an input gradient) whose operand is never unfolded.
 //
 // A task owns a box of the destination: some rows and columns, up to a few hundred channels. It
-// copies the source's part under it into a band (band.h), with zeros left and right, packs the
-// weights as strips, and multiplies windows of the band with the strips (row_kernel.h). The
-// memory layouts of source and destination matter to the copies alone. Where channels are too few
-// to fill a vector, its lanes take terms of the sum too (fold_kernel.h).
+// copies the source's part under it into a band (conv2d_band_copy.h), with zeros left and right,
+// packs the weights as strips, and multiplies windows of the band with the strips (row_kernel.h).
+// The memory layouts of source and destination matter to the copies alone. Where channels are too
+// few to fill a vector, its lanes take terms of the sum too (conv2d_band_fold.h).
 //
 // Under a dilated kernel, the box's rows are those that read the same residue of source rows, for
 // which the kernel is dense; and taps that miss the image are left out, for whole rows and for runs
-// of columns (band_columns.h).
+// of columns (conv2d_band_columns.h).
 //
 // Sums run over slices of source channels, and inside a slice over (row tap, column tap, channel)
 // in chains short enough to round as little as PyTorch. Both depend on the layer and the size of
@@ -17,10 +17,10 @@
 
 #include <algorithm>
 
-#include "band.h"
-#include "band_windows.h"
+#include "conv2d_band_copy.h"
 #include "conv2d_band_plan.h"
-#include "weight_strips.h"
+#include "conv2d_band_weights.h"
+#include "conv2d_band_windows.h"
 
 namespace pyvit {
 namespace {

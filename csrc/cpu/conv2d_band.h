@@ -1,7 +1,7 @@
 // Convolution without unfolding: see conv2d_band.cpp.
 #pragma once
 
-#include "gather.h"
+#include "conv2d_gather.h"
 
 namespace pyvit {
 

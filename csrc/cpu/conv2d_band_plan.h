@@ -8,11 +8,11 @@
 #include <numeric>
 #include <vector>
 
-#include "band_columns.h"
-#include "band_windows.h"
 #include "cache.h"
-#include "fold_kernel.h"
-#include "gather.h"
+#include "conv2d_band_columns.h"
+#include "conv2d_band_fold.h"
+#include "conv2d_band_windows.h"
+#include "conv2d_gather.h"
 #include "parallel.h"
 #include "row_kernel.h"
 

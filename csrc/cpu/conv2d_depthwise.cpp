@@ -4,10 +4,10 @@
 // A vector's lanes are destination channels of several groups, and each lane meets the source
 // channels of its own group, one slot after the other. A task owns such a vector and a box of the
 // destination. It copies the source's part under the box into a band that has the slots in their
-// lanes (lane_band.h) and multiplies windows of it (lane_kernel.h). The memory layouts of source
-// and destination matter to the copies alone. Where the images have the lanes side by side already,
-// nothing is copied (lane_in_place.h), nor for 3×3 layers on planar images whose rows fill a vector
-// (depthwise_planes.h).
+// lanes (conv2d_depthwise_band.h) and multiplies windows of it (conv2d_depthwise_kernel.h). The
+// memory layouts of source and destination matter to the copies alone. Where the images have the
+// lanes side by side already, nothing is copied (conv2d_depthwise_in_place.h), nor for 3×3 layers
+// on planar images whose rows fill a vector (conv2d_depthwise_planes.h).
 //
 // Rows outside the image are skipped, columns outside are zeros in the band. Sums run over (slot,
 // row tap, column tap) in chains whose length depends on the kernel and the image alone.
@@ -16,10 +16,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "lane_in_place.h"
-#include "lane_plan.h"
-#include "lane_weights.h"
-#include "depthwise_planes.h"
+#include "conv2d_depthwise_in_place.h"
+#include "conv2d_depthwise_plan.h"
+#include "conv2d_depthwise_planes.h"
+#include "conv2d_depthwise_weights.h"
 
 namespace pyvit {
 namespace {

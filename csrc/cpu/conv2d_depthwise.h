@@ -1,11 +1,12 @@
 // Convolution of groups with few channels: see conv2d_depthwise.cpp.
 #pragma once
 
-#include "gather.h"
+#include "conv2d_gather.h"
 
 namespace pyvit {
 
-// Whether the depth-wise kernel takes this convolution, and does it; defined for every storage type.
+// Whether the depth-wise kernel takes this convolution, and does it; defined for every storage
+// type.
 template <class S>
 bool conv2d_depthwise(const Phases<S>& phases, const int64_t kernel[2]);
 

@@ -13,8 +13,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "conv2d_planes_kernel.h"
 #include "parallel.h"
-#include "plane_kernel.h"
 
 namespace pyvit {
 namespace {

@@ -1,7 +1,7 @@
 // Convolution of planar images to few channels: see conv2d_planes.cpp.
 #pragma once
 
-#include "gather.h"
+#include "conv2d_gather.h"
 
 namespace pyvit {
 

@@ -12,9 +12,9 @@
 
 #include <vector>
 
+#include "conv2d_pixel_strips.h"
 #include "gemm.h"
 #include "interleave.h"
-#include "pixel_strips.h"
 #include "transpose.h"
 
 namespace pyvit {
@@ -226,8 +226,8 @@ class Scatter {
 bool scatter_is_cheaper(const Conv2dShape& shape) {
   const int64_t C = shape.in_channels / shape.groups, O = shape.out_channels / shape.groups;
   const Axis down(shape, 0);
-  // A gather fills its vectors with terms of each sum where input channels do not (fold_kernel.h),
-  // but terms are few where a stride is large.
+  // A gather fills its vectors with terms of each sum where input channels do not
+  // (conv2d_band_fold.h), but terms are few where a stride is large.
   const bool few_channels = shape.kernel[0] * shape.kernel[1] > 1 &&
                             (C <= 4 || (C > 8 && C < 12)) && O >= 32;
   const int64_t row_bytes = row_elements(shape) * static_cast<int64_t>(sizeof(double));

@@ -1,5 +1,5 @@
 // Convolution of images with few pixels and many channels, such as the last layers of a network:
-// the weights are most of the memory, and are multiplied where they lie (small_tiles.h).
+// the weights are most of the memory, and are multiplied where they lie (conv2d_small_tiles.h).
 //
 //   forward         y[p, o] = Σ_e patch[p, e] · w[o, e], with e in the order of the weights
 //   input gradient  dpatch[p, e] = Σ_o dy[p, o] · w[o, e], each patch then added where it was read
@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "conv2d_small_tiles.h"
 #include "parallel.h"
-#include "small_tiles.h"
 
 namespace pyvit {
 namespace {

@@ -1,7 +1,7 @@
 // dw[o, e] = Σ_p dy[o, p] · patch(x)[e, p], summed over the pixels p of the batch, without
 // unfolding: a band of the image is packed once, and each tap reads it shifted, so that one packed
-// element serves all taps. dy takes the vector side, [pixel][channel]; elements of x are broadcast. (Where
-// few channels meet, pixels take the vector side: conv2d_weight_grad_planar.cpp.)
+// element serves all taps. dy takes the vector side, [pixel][channel]; elements of x are broadcast.
+// (Where few channels meet, pixels take the vector side: conv2d_weight_grad_planar.cpp.)
 #include "conv2d.h"
 
 #include <vector>

@@ -22,8 +22,8 @@ struct PixelVectors {
   int64_t fetches() const { return images * ceil_div(count, kFetchVectors); }
 };
 
-// sums[o · sum_step + e · L + lane] (+)= Σ_pixels dy[o][pixel] · x[pixel + offset[e]] over the pixels
-// of each lane, where `mask` is on. Elsewhere dy is 0, and x may be anything.
+// sums[o · sum_step + e · L + lane] (+)= Σ_pixels dy[o][pixel] · x[pixel + offset[e]] over the
+// pixels of each lane, where `mask` is on. Elsewhere dy is 0, and x may be anything.
 template <class T, int Outs, int Elements>
 void planar_kernel(const T* x, const int64_t* offset, const T* dy, int64_t plane_step,
                    const MaskBits<T>* mask, PixelVectors pixels, T* sums, int64_t sum_step,

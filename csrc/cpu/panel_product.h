@@ -18,7 +18,6 @@
 
 #include <algorithm>
 
-#include "band_windows.h"
 #include "cache.h"
 #include "parallel.h"
 #include "row_kernel.h"

@@ -1,8 +1,8 @@
 // Method. The images are cut into chunks of kChunk elements, each done by one thread.
 //
 // L-infinity needs one pass and rounds to the storage type after each operation, as a chain of
-// PyTorch operators does, so that the results are the same bits. L2 needs two lengths of each image,
-// of what the step follows, d, and of the perturbation after the step. One pass gives both:
+// PyTorch operators does, so that the results are the same bits. L2 needs two lengths of each
+// image, of what the step follows, d, and of the perturbation after the step. One pass gives both:
 //     ‖x + a·d - x0‖² = ‖x - x0‖² + 2a·⟨x - x0, d⟩ + a²·‖d‖²,
 // summed chunk by chunk in double, in an order that neither the threads nor the other images
 // change; a second one, from the cache where the image fits, writes the result. L1 is in
@@ -14,7 +14,7 @@
 #include <limits>
 
 #include "parallel.h"
-#include "step_pieces.h"
+#include "projected_step_pieces.h"
 
 namespace pyvit {
 namespace {

@@ -5,15 +5,15 @@
 //     f(λ) = Σ_i min(max(|w_i| - λ, 0), room_i) = eps,
 // with w the perturbation before the projection and room_i the distance to the bound that it
 // points at. Both thresholds are found exactly, without sorting: the gradient's digit by digit, by
-// counting how many of its bit patterns have each value of the next 11 bits; λ by Newton's method on
-// the piecewise linear f inside a bracket, which ends when a step reproduces itself, that is on the
-// right piece.
+// counting how many of its bit patterns have each value of the next 11 bits; λ by Newton's method
+// on the piecewise linear f inside a bracket, which ends when a step reproduces itself, that is on
+// the right piece.
 #include <cmath>
 #include <limits>
 
 #include "parallel.h"
 #include "projected_step.h"
-#include "step_pieces.h"
+#include "projected_step_pieces.h"
 
 namespace pyvit {
 namespace {

@@ -17,6 +17,9 @@ struct BandRun {
   int64_t offset, length, k;
 };
 
+// The longest sum that is kept in registers: longer ones round more, shorter ones cost 1 % and more.
+constexpr int64_t kChainLength = 256;
+
 template <class T>
 struct RowTile {
   static constexpr int lanes = kLanes<T>;

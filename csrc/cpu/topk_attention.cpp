@@ -3,8 +3,8 @@
 // Forward: a tile of query rows' scores, made by the GEMM micro-kernel, stays in the cache; each
 // row is cut (select.h), the chosen scores are gathered, and the softmax and the product with
 // the values touch the chosen keys alone.
-#include "chosen_rows.h"
 #include "select.h"
+#include "topk_attention_rows.h"
 
 namespace pyvit {
 namespace {

@@ -11,7 +11,7 @@
 // end and whatever the number of threads, and no two tasks write one place.
 #include <memory>
 
-#include "chosen_rows.h"
+#include "topk_attention_rows.h"
 
 namespace pyvit {
 namespace {

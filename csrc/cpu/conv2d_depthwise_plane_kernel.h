@@ -26,7 +26,7 @@ struct DepthwiseTile {
   using Kernel = void (*)(const Arguments&);
 };
 
-// Sums run over kernel rows, then columns, as lane_kernel.h's do.
+// Sums run over kernel rows, then columns, as conv2d_depthwise_kernel.h's do.
 template <int Rows, int Vectors, bool Masked>
 void depthwise_kernel(const DepthwiseTile::Arguments& g) {
   constexpr int K = DepthwiseTile::taps;

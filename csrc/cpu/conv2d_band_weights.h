@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "gather.h"
+#include "conv2d_gather.h"
 #include "row_kernel.h"
 #include "simd.h"
 #include "transpose.h"

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "band_windows.h"
+#include "conv2d_band_windows.h"
 #include "patches.h"
 
 namespace pyvit {

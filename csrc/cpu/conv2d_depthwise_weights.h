@@ -1,10 +1,10 @@
-// The weights of a vector of lanes, packed for lane_kernel.h: [phase][slot][tap row][tap column]
-// of vectors, where tap rows and columns are in ascending order of their offsets.
+// The weights of a vector of lanes, packed for conv2d_depthwise_kernel.h: [phase][slot][tap
+// row][tap column] of vectors, where tap rows and columns are in ascending order of their offsets.
 #pragma once
 
 #include <vector>
 
-#include "lane_plan.h"
+#include "conv2d_depthwise_plan.h"
 
 namespace pyvit {
 

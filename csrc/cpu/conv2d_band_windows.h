@@ -1,5 +1,5 @@
-// Which runs of a band (band.h) the window of a destination pixel has, and in which chains their
-// products are summed.
+// Which runs of a band (conv2d_band_copy.h) the window of a destination pixel has, and in which
+// chains their products are summed.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,6 @@
 #include "row_kernel.h"
 
 namespace pyvit {
-
-constexpr int64_t kChainLength = 256;  // longest sum in registers: longer ones round more, for 1 % of speed
 
 // Taps of one axis, in order of their offsets: those from `first` to before `last`.
 struct TapRange {
@@ -34,7 +32,7 @@ inline TapRange taps_inside(const std::vector<Tap>& taps, int64_t at, int64_t si
 // How a band lies: elements from one row, one column to the next, and channels of a pixel.
 struct BandLayout {
   int64_t line, pitch, channels;
-  int64_t fold;  // elements of a run that meet one row of the weights (fold_kernel.h)
+  int64_t fold;  // elements of a run that meet one row of the weights (conv2d_band_fold.h)
   bool operator==(const BandLayout& other) const {
     return line == other.line && pitch == other.pitch && channels == other.channels;
   }

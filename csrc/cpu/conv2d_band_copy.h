@@ -1,7 +1,7 @@
 // A band: a part of an image, some of its rows, columns and channels, copied to scratch with the
-// zeros left and right of the image, the channels of a pixel side by side, in the type that is computed in.
-// Every tap of a convolution finds its operand in the band by an offset; an element is copied
-// once for all of them.
+// zeros left and right of the image, the channels of a pixel side by side, in the type that is
+// computed in. Every tap of a convolution finds its operand in the band by an offset; an element
+// is copied once for all of them.
 #pragma once
 
 #include <algorithm>

@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "lane_kernel.h"
-#include "lane_patch.h"
-#include "lane_plan.h"
-#include "lane_weights.h"
+#include "conv2d_depthwise_kernel.h"
+#include "conv2d_depthwise_patch.h"
+#include "conv2d_depthwise_plan.h"
+#include "conv2d_depthwise_weights.h"
 
 namespace pyvit {
 

@@ -1,13 +1,14 @@
-// Depth-wise 3×3 layers on planar images (conv2d_depthwise.cpp): every plane is a convolution of its
-// own, with columns in the lanes (depthwise_plane_kernel.h); nothing is copied or transposed.
+// Depth-wise 3×3 layers on planar images (conv2d_depthwise.cpp): every plane is a convolution of
+// its own, with columns in the lanes (conv2d_depthwise_plane_kernel.h); nothing is copied or
+// transposed.
 //
 // A task owns a destination plane, or some rows of it.
 #pragma once
 
 #include <algorithm>
 
-#include "lane_plan.h"
-#include "depthwise_plane_kernel.h"
+#include "conv2d_depthwise_plan.h"
+#include "conv2d_depthwise_plane_kernel.h"
 
 #if defined(PYVIT_HAS_LANE_MASKS)
 namespace pyvit {

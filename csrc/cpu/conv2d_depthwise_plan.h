@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "lane_band.h"
-#include "lane_kernel.h"
+#include "conv2d_depthwise_band.h"
+#include "conv2d_depthwise_kernel.h"
 #include "parallel.h"
 
 namespace pyvit {
@@ -91,7 +91,7 @@ struct LanePlan {
   int64_t panel_elements() const { return slots * taps_in_all * L; }  // of one block
   int64_t kernel_elements() const { return slots * kernel_taps * L; }
   int64_t box_pixels() const { return rows.extent * columns.extent; }
-  // K where a phase's K×K windows overlap as lane_patch.h has them, else 0.
+  // K where a phase's K×K windows overlap as conv2d_depthwise_patch.h has them, else 0.
   int64_t patch_kernel(size_t p) const {
     const TapAxis &down = taps[0][p], &across = taps[1][p];
     const bool dense = rows.step == 1 && columns.step == 1 && down.count == across.count &&

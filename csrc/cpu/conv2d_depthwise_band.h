@@ -1,10 +1,11 @@
-// What lane_kernel.h reads and writes: a part of an image copied to scratch so that each lane holds
-// the source channels of its own destination channel, and weights and results in the same lanes.
+// What conv2d_depthwise_kernel.h reads and writes: a part of an image copied to scratch so that
+// each lane holds the source channels of its own destination channel, and weights and results in
+// the same lanes.
 #pragma once
 
 #include <algorithm>
 
-#include "gather.h"
+#include "conv2d_gather.h"
 #include "simd.h"
 #include "transpose.h"
 

@@ -1,6 +1,7 @@
 // C[pixel] = base + Σ_k A[pixel, k] · W[k] for a few pixels of one image row, lane by lane: each
-// lane is a destination channel, and A holds in it what that channel reads (lane_band.h).
-// Where a group has few channels, no lane is idle, as it would be if a group were a matrix product.
+// lane is a destination channel, and A holds in it what that channel reads
+// (conv2d_depthwise_band.h). Where a group has few channels, no lane is idle, as it would be if a
+// group were a matrix product.
 #pragma once
 
 #include <array>

@@ -1,6 +1,6 @@
-// lane_kernel.h for a patch of destination pixels, rows and columns of them, with a K×K kernel and
-// step 1: windows overlap, and each source pixel is loaded once for all of those that it is in.
-// Sums run in the same order: kernel rows, then columns.
+// conv2d_depthwise_kernel.h for a patch of destination pixels, rows and columns of them, with a K×K
+// kernel and step 1: windows overlap, and each source pixel is loaded once for all of those that it
+// is in. Sums run in the same order: kernel rows, then columns.
 #pragma once
 
 #include <array>
