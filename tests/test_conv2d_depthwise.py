@@ -25,6 +25,9 @@ SHAPES = {
     "planes": (2, 20, 10, 50, 20, 3, 1, 1, 1, 20),
     "planes-one-vector": (2, 20, 9, 16, 20, 3, 1, 2, 1, 20),
     "planes-unpadded": (1, 20, 7, 35, 20, 3, 1, 0, 1, 20),
+    "three-side-by-side": (2, 3, 10, 41, 3, 3, 1, 1, 1, 3),
+    "five-side-by-side-one-vector": (2, 5, 7, 4, 5, 3, 1, 2, 1, 5),
+    "side-by-side-unpadded": (1, 15, 9, 11, 15, 3, 1, 0, 1, 15),
     "patches-of-five": (1, 20, 14, 35, 20, 5, 1, 2, 1, 20),
     "patches-of-phases": (2, 20, 14, 40, 20, 5, 2, 2, 1, 20),
     "columns-apart": (2, 20, 14, 60, 20, (2, 7), 1, (0, 3), 1, 20),
@@ -64,7 +67,9 @@ def test_as_accurate_as_torch(shape, dtype, memory_format):
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", ["3x3", "planes", "dilated-strided", "tripled", "groups-of-four"])
+@pytest.mark.parametrize(
+    "shape", ["3x3", "planes", "three-side-by-side", "dilated-strided", "tripled", "groups-of-four"]
+)
 def test_slices_of_larger_tensors(shape, memory_format):
     check_slices(SHAPES[shape], FORMATS[memory_format])
 
@@ -76,6 +81,7 @@ def test_slices_of_larger_tensors(shape, memory_format):
     [
         "3x3",
         "patches",
+        "three-side-by-side",
         "small-image",
         "dilated-strided",
         "boxes",
@@ -88,7 +94,7 @@ def test_repeatable_and_batch_invariant(shape, memory_format):
     check_repeatable_and_batch_invariant(SHAPES[shape], FORMATS[memory_format])
 
 
-@pytest.mark.parametrize("shape", ["dilated-strided", "planes"])
+@pytest.mark.parametrize("shape", ["dilated-strided", "planes", "three-side-by-side"])
 def test_layouts_agree_bit_for_bit(shape):
     x, weight, bias = tensors(SHAPES[shape], torch.float32)
     geometry = SHAPES[shape][6:]

@@ -1,6 +1,8 @@
-// C[row, column] = base + Σ_ij W[i, j] · A[row + i, column + j] for a few rows of one plane, with
-// columns in the lanes: a depth-wise convolution of planar images, read where they are. Lanes
-// outside the image are masked. A vector is loaded once for all rows that it is in.
+// C[row, column] = base + Σ_ij W[i, j] · A[row + i, column + j·step] for a few rows of one plane,
+// with columns in the lanes: a depth-wise convolution, read where the image lies. The step is 1 where
+// a plane is one channel, and the number of channels where they lie side by side in it; weights are
+// those of each lane's channel. Lanes outside the image are masked. A vector is loaded once for all
+// rows that it is in.
 #pragma once
 
 #include <array>
@@ -17,9 +19,10 @@ struct DepthwiseTile {
   struct Arguments {
     const float* source[rows + taps - 1];  // row by row, where the first tap meets column 0
     int64_t vector_stride;  // from the first vector of columns to the second, in A and in C
+    int64_t tap_step;       // from one tap of a row to the next
     LaneMask inside[taps][vectors];
-    const float* weights;  // taps × taps
-    float base;
+    const float* weights[vectors];  // taps × taps vectors
+    const float* base[vectors];     // one vector
     float* c;
     int64_t c_row_stride;
   };
@@ -31,7 +34,7 @@ template <int Rows, int Vectors, bool Masked>
 void depthwise_kernel(const DepthwiseTile::Arguments& g) {
   constexpr int K = DepthwiseTile::taps;
   Vec<float> sum[Rows][Vectors] = {};
-  const int64_t vector = g.vector_stride;
+  const int64_t vector = g.vector_stride, step = g.tap_step;
 #pragma GCC unroll 16
   for (int h = 0; h < Rows + K - 1; ++h) {
     const float* row = g.source[h];
@@ -39,24 +42,27 @@ void depthwise_kernel(const DepthwiseTile::Arguments& g) {
     for (int j = 0; j < K; ++j) {
       Vec<float> a[Vectors];
       for (int v = 0; v < Vectors; ++v) {
-        const float* from = row + j + v * vector;
+        const float* from = row + j * step + v * vector;
         a[v] = Masked ? load_masked(Vec<float>{}, g.inside[j][v], from) : load(from);
         asm("" : "+v"(a[v]));  // or the compiler loads it again for every row
       }
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         if (h < r || h - r >= K) continue;
-        const Vec<float> w = broadcast(g.weights[(h - r) * K + j]);
-        for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(a[v], w, sum[r][v]);
+        for (int v = 0; v < Vectors; ++v) {
+          const float* w = g.weights[v] + ((h - r) * K + j) * kLanes<float>;
+          sum[r][v] = fma(a[v], load(w), sum[r][v]);
+        }
       }
     }
   }
-  const Vec<float> base = broadcast(g.base);
+  Vec<float> base[Vectors];
+  for (int v = 0; v < Vectors; ++v) base[v] = load(g.base[v]);
   float* c = g.c;
   const int64_t down = g.c_row_stride;  // stores might alias g
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r, c += down)
-    for (int v = 0; v < Vectors; ++v) store(c + v * vector, base + sum[r][v]);
+    for (int v = 0; v < Vectors; ++v) store(c + v * vector, base[v] + sum[r][v]);
 }
 
 // [rows][vectors][whether masked], rows and vectors less one each.
