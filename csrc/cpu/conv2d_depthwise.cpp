@@ -7,7 +7,7 @@
 // lanes (conv2d_depthwise_band.h) and multiplies windows of it (conv2d_depthwise_kernel.h). The
 // memory layouts of source and destination matter to the copies alone. Where the images have the
 // lanes side by side already, nothing is copied (conv2d_depthwise_in_place.h), nor for 3×3 layers
-// on planar images whose rows fill a vector (conv2d_depthwise_planes.h).
+// on planar images, or of few channels side by side (conv2d_depthwise_planes.h).
 //
 // Rows outside the image are skipped, columns outside are zeros in the band. Sums run over (slot,
 // row tap, column tap) in chains whose length depends on the kernel and the image alone.
