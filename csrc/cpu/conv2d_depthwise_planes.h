@@ -84,17 +84,20 @@ class DepthwiseWorker {
   void enter(int64_t channel) {
     const Gather<float>& g = plan_.g;
     channel_ = channel;
-    float* to = weights_;
-    for (int64_t first = 0; first < plan_.step; ++first, to += (kTaps + 1) * L)
-      for (int64_t lane = 0; lane < L; ++lane) {
-        const int64_t of_lane = plan_.step == 1 ? channel : (first + lane) % plan_.step;
-        const float* weights = g.weights.data + of_lane * g.group_stride;
-        for (const Tap& i : g.source.taps[0])
-          for (const Tap& j : g.source.taps[1])
-            to[(plan_.down.place(i) * DepthwiseTile::taps + plan_.across.place(j)) * L + lane] =
-                weights[i.kernel * g.weights.stride[2] + j.kernel * g.weights.stride[3]];
-        to[kTaps * L + lane] = g.bias == nullptr ? 0.0f : g.bias[of_lane];
+    // value(c) for the channel c of each lane; planes change often, so that one channel is quick.
+    auto fill = [&](float* to, auto value) {
+      if (plan_.step == 1) return std::fill(to, to + L, value(channel));
+      for (int64_t first = 0; first < plan_.step; ++first, to += (kTaps + 1) * L)
+        for (int64_t lane = 0; lane < L; ++lane) to[lane] = value((first + lane) % plan_.step);
+    };
+    for (const Tap& i : g.source.taps[0])
+      for (const Tap& j : g.source.taps[1]) {
+        const float* tap = g.weights.data + i.kernel * g.weights.stride[2] +
+                           j.kernel * g.weights.stride[3];
+        fill(weights_ + (plan_.down.place(i) * DepthwiseTile::taps + plan_.across.place(j)) * L,
+             [&](int64_t c) { return tap[c * g.group_stride]; });
       }
+    fill(weights_ + kTaps * L, [&](int64_t c) { return g.bias == nullptr ? 0.0f : g.bias[c]; });
   }
 
   // Destination rows [begin, end), a strip of one or two vectors of columns after the other.
