@@ -86,3 +86,21 @@ def check_repeatable_and_batch_invariant(shape, memory_format):
         y, dx = result_and_image_gradient(conv2d, x[one], weight, bias, geometry, grad[one])
         assert torch.equal(y, first[0][one])
         assert torch.equal(dx, first[1][one])
+
+
+def check_what_is_not_finite_reaches_only_its_readers(x, weight, *geometry):
+    """``x`` has NaN or infinities: a packed zero times an infinite neighbour would be a NaN."""
+    y = conv2d(x, weight, None, *geometry)
+    reached = F.conv2d((~x.isfinite()).double(), torch.ones_like(weight).double(), None, *geometry)
+    assert torch.equal(~y.isfinite(), reached > 0)
+
+
+def check_nan_weights_stay_in_their_channel(size, weight, padding):
+    """``weight`` has a NaN in some output channels; pixels beside the image do not hide it."""
+    expected_channels = weight.isnan().flatten(1).any(1)
+    for memory_format in FORMATS.values():
+        x = torch.randn(size).contiguous(memory_format=memory_format)
+        y = conv2d(x, weight.contiguous(memory_format=memory_format), padding=padding)
+        expected = torch.zeros_like(y, dtype=torch.bool)
+        expected[:, expected_channels] = True
+        assert torch.equal(y.isnan(), expected)

@@ -34,7 +34,8 @@ struct BandLayout {
   int64_t line, pitch, channels;
   int64_t fold;  // elements of a run that meet one row of the weights (conv2d_band_fold.h)
   bool operator==(const BandLayout& other) const {
-    return line == other.line && pitch == other.pitch && channels == other.channels;
+    return line == other.line && pitch == other.pitch && channels == other.channels &&
+           fold == other.fold;
   }
 };
 
