@@ -1,4 +1,4 @@
-// Depth-wise layers whose images have channels last: their lanes lie side by side in memory, and
+// Depth-wise layers, also of two outputs a channel, whose images have channels last: their lanes lie side by side in memory, and
 // are multiplied where they are, without a band (conv2d_depthwise.cpp).
 //
 // A task owns whole rows of the destination, all channels. Destination pixels are taken by the taps
@@ -135,6 +135,7 @@ class LanesInPlace {
     const LaneAxis& along = axis == 0 ? plan_.rows : plan_.columns;
     typename LaneTile<T>::Arguments tile;
     tile.pitch = along.step * part.stride[axis];
+    tile.twice = plan_.per_group == 2;
     tile.slots = 1;
     tile.slot_stride = tile.weight_slot_stride = 0;
     tile.rows = tap_rows.end - tap_rows.begin;
@@ -154,7 +155,7 @@ class LanesInPlace {
       const T* a = window(part, row, column, tap_rows.begin, tap_columns.begin);
       T* c = part.to + row * part.to_stride[0] + column * part.to_stride[1];
       for (int64_t b = 0; b < plan_.blocks; ++b) {
-        tile.a = a + first_[b];
+        tile.a = a + first_[b] / plan_.per_group;
         tile.c = c + first_[b];
         tile.base = bias_ + b * L;
         tile.weights = part.weights + b * plan_.panel_elements() + weight;

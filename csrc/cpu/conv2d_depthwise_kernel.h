@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "simd.h"
@@ -29,19 +30,39 @@ struct LaneTile {
     int64_t base_pitch;
     T* c;
     int64_t c_pitch;
+    bool twice = false;  // each element of A is in two lanes, which have the same source channel
   };
   using Kernel = void (*)(const Arguments&);
 };
 
+// Elements 0, 0, 1, 1, … of p.
+template <class T, int... Lane>
+inline Vec<T> load_twice(const T* p, std::integer_sequence<int, Lane...>) {
+#if defined(__AVX512F__)
+  const Vec<T> half = (Vec<T>)_mm512_castps256_ps512(_mm256_loadu_ps((const float*)p));
+#elif defined(__AVX2__)
+  const Vec<T> half = (Vec<T>)_mm256_castps128_ps256(_mm_loadu_ps((const float*)p));
+#else
+  Vec<T> half{};
+  std::memcpy(&half, p, sizeof(half) / 2);
+#endif
+  return shuffle_lanes<T, (Lane / 2)...>(half, half);
+}
+
 // Pixels are `Step` vectors apart, or `pitch` where Step is 0: x86 addresses reach a pointer and
 // {1, 2} times that, so every third pixel then has a pointer of its own.
-template <class T, int Step, int... Pixel>
+template <class T, int Step, bool Twice, int... Pixel>
 inline void lane_kernel(const typename LaneTile<T>::Arguments& g,
                         std::integer_sequence<int, Pixel...>) {
   constexpr int L = kLanes<T>, pixels = sizeof...(Pixel);
   constexpr int bases = Step > 0 ? 1 : (pixels + 2) / 3, reach = Step > 0 ? pixels : 3;
   const int64_t pitch = (Step > 0 ? Step * L : g.pitch) * static_cast<int64_t>(sizeof(T));
   const int64_t tap_stride = g.tap_stride * static_cast<int64_t>(sizeof(T));
+  auto load_a = [](const char* from) {
+    const T* p = reinterpret_cast<const T*>(from);
+    if constexpr (Twice) return load_twice(p, std::make_integer_sequence<int, L>{});
+    else return load(p);
+  };
   Vec<T> sum[pixels] = {};
   for (int64_t s = 0; s < g.slots; ++s) {
     for (int64_t i = 0; i < g.rows; ++i) {
@@ -52,10 +73,7 @@ inline void lane_kernel(const typename LaneTile<T>::Arguments& g,
       const T* w = g.weights + s * g.weight_slot_stride + i * g.weight_row_stride;
       for (int64_t j = g.taps; j > 0; --j, w += L) {
         const Vec<T> wj = load(w);
-        ((sum[Pixel] = fma(load(reinterpret_cast<const T*>(a[Pixel / reach] +
-                                                           Pixel % reach * pitch)),
-                           wj, sum[Pixel])),
-         ...);
+        ((sum[Pixel] = fma(load_a(a[Pixel / reach] + Pixel % reach * pitch), wj, sum[Pixel])), ...);
 #pragma GCC unroll 5
         for (int q = 0; q < bases; ++q) {
           a[q] += tap_stride;
@@ -70,23 +88,24 @@ inline void lane_kernel(const typename LaneTile<T>::Arguments& g,
   ((store(c + Pixel * c_pitch, load(base + Pixel * base_pitch) + sum[Pixel])), ...);
 }
 
-template <class T, int Step, int Pixels>
+template <class T, int Step, bool Twice, int Pixels>
 void lane_kernel_of(const typename LaneTile<T>::Arguments& g) {
-  lane_kernel<T, Step>(g, std::make_integer_sequence<int, Pixels>{});
+  lane_kernel<T, Step, Twice>(g, std::make_integer_sequence<int, Pixels>{});
 }
 
-template <class T, int Step, int... Pixels>
+template <class T, int Step, bool Twice, int... Pixels>
 constexpr auto lane_kernel_table(std::integer_sequence<int, Pixels...>) {
   return std::array<typename LaneTile<T>::Kernel, sizeof...(Pixels)>{
-      lane_kernel_of<T, Step, Pixels + 1>...};
+      lane_kernel_of<T, Step, Twice, Pixels + 1>...};
 }
-template <class T, int Step>
+template <class T, int Step, bool Twice = false>
 inline constexpr auto kLaneKernels =
-    lane_kernel_table<T, Step>(std::make_integer_sequence<int, LaneTile<T>::pixels>{});
+    lane_kernel_table<T, Step, Twice>(std::make_integer_sequence<int, LaneTile<T>::pixels>{});
 
 template <class T>
 inline void run_lane_kernel(int64_t pixels, const typename LaneTile<T>::Arguments& g) {
-  (g.pitch == kLanes<T>       ? kLaneKernels<T, 1>
+  (g.twice                    ? kLaneKernels<T, 0, true>
+   : g.pitch == kLanes<T>     ? kLaneKernels<T, 1>
    : g.pitch == 2 * kLanes<T> ? kLaneKernels<T, 2>
                               : kLaneKernels<T, 0>)[pixels - 1](g);
 }

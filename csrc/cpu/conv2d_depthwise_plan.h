@@ -94,7 +94,7 @@ struct LanePlan {
   // K where a phase's K×K windows overlap as conv2d_depthwise_patch.h has them, else 0.
   int64_t patch_kernel(size_t p) const {
     const TapAxis &down = taps[0][p], &across = taps[1][p];
-    const bool dense = rows.step == 1 && columns.step == 1 && down.count == across.count &&
+    const bool dense = per_group == 1 && rows.step == 1 && columns.step == 1 && down.count == across.count &&
                        down.spacing == 1 && across.spacing == 1;
     return dense && (down.count == 3 || down.count == 5) ? down.count : 0;
   }
@@ -169,7 +169,7 @@ void LanePlan<S>::plan_axis(LaneAxis& axis, int index) {
 // Depth-wise on channels last. Boxes are whole rows of all channels: memory is walked as it lies.
 template <class S>
 bool LanePlan<S>::plan_in_place() {
-  in_place = std::is_same_v<S, T> && per_group == 1 && slots == 1 && channels >= L &&
+  in_place = std::is_same_v<S, T> && per_group <= 2 && slots == 1 && channels >= L &&
              any().source.stride[1] == 1 && any().destination.stride[1] == 1 &&
              taps_in_all <= kLaneChain &&
              blocks * panel_elements() * static_cast<int64_t>(sizeof(T)) <= kLanePanelBytes;
