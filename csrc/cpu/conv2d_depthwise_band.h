@@ -45,20 +45,6 @@ struct LaneBlock {
   }
 };
 
-#if defined(__AVX512F__)
-inline Vec<float> permute(Vec<float> v, const int32_t* place, int64_t add) {
-  const __m512i from = _mm512_add_epi32(_mm512_loadu_si512(place),
-                                        _mm512_set1_epi32(static_cast<int>(add)));
-  return (Vec<float>)_mm512_permutexvar_ps(from, (__m512)v);
-}
-#elif defined(__AVX2__)
-inline Vec<float> permute(Vec<float> v, const int32_t* place, int64_t add) {
-  const __m256i from = _mm256_add_epi32(_mm256_loadu_si256((const __m256i*)place),
-                                        _mm256_set1_epi32(static_cast<int>(add)));
-  return (Vec<float>)_mm256_permutevar8x32_ps((__m256)v, from);
-}
-#endif
-
 #if defined(__AVX512F__) || defined(__AVX2__)
 // spread_to_slots for pixels of many channels: `Run` slots of each group at a time are brought
 // together in a vector. The last run may repeat slots of the one before.

@@ -1,5 +1,6 @@
-// Depth-wise layers, also of two outputs a channel, whose images have channels last: their lanes lie side by side in memory, and
-// are multiplied where they are, without a band (conv2d_depthwise.cpp).
+// Depth-wise layers, also of several outputs a channel, whose images have channels last: their
+// lanes lie side by side in memory, and are multiplied where they are, without a band
+// (conv2d_depthwise.cpp).
 //
 // A task owns whole rows of the destination, all channels. Destination pixels are taken by the taps
 // that reach the image from them: the columns that all taps reach from along rows, the others, at
@@ -35,11 +36,12 @@ class LanesInPlace {
     for (int64_t b = 0; b < plan.blocks; ++b) {
       const LaneBlock<T> block = plan.block(b);
       first_.push_back(block.first);
+      std::copy_n(block.place, L, place_);
       weights_.pack(panel_ + b * plan.panel_elements(), kernels, block);
       if (plan.any().bias == nullptr) {
         std::fill(bias_ + b * L, bias_ + (b + 1) * L, T(0));
       } else {
-        std::copy_n(plan.any().bias + block.first, L, bias_ + b * L);
+        std::copy_n(plan.any().bias + block.first, block.count, bias_ + b * L);
       }
     }
     for (const TapAxis& taps : plan.taps[1]) find_columns(taps);
@@ -135,9 +137,11 @@ class LanesInPlace {
     const LaneAxis& along = axis == 0 ? plan_.rows : plan_.columns;
     typename LaneTile<T>::Arguments tile;
     tile.pitch = along.step * part.stride[axis];
-    tile.twice = plan_.per_group == 2;
-    tile.slots = 1;
-    tile.slot_stride = tile.weight_slot_stride = 0;
+    tile.from = plan_.from();
+    tile.sources = plan_.sources(), tile.lanes = plan_.channels, tile.place = place_;
+    tile.slots = plan_.slots;
+    tile.slot_stride = 0;
+    tile.weight_slot_stride = part.rows.count * part.columns.count * L;
     tile.rows = tap_rows.end - tap_rows.begin;
     tile.taps = tap_columns.end - tap_columns.begin;
     tile.row_stride = part.rows.spacing * part.stride[0];
@@ -209,6 +213,7 @@ class LanesInPlace {
   const LaneWeights<T> weights_;
   bool fetches_;  // ahead: the images are too large to be in a cache
   T *panel_, *bias_;
+  int32_t place_[L];              // where there is one block
   std::vector<int64_t> first_;    // channel of each block
   std::vector<Columns> columns_;  // of each phase
 };

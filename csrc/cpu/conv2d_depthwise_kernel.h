@@ -13,6 +13,10 @@
 
 namespace pyvit {
 
+// Where A has what a vector's lanes meet: in a vector; in half of one, each element for two lanes;
+// or in the first lanes of one, brought to their places, and C has but some lanes too.
+enum class LaneSource { straight, twice, few };
+
 template <class T>
 struct LaneTile {
   static constexpr int pixels = 14;  // a sum each, and one vector of weights
@@ -30,10 +34,22 @@ struct LaneTile {
     int64_t base_pitch;
     T* c;
     int64_t c_pitch;
-    bool twice = false;  // each element of A is in two lanes, which have the same source channel
+    LaneSource from = LaneSource::straight;
+    // For `few`: the lanes that A and C have, and which of A's each lane takes for slot 0; those of
+    // the other slots follow.
+    int64_t sources = 0, lanes = 0;
+    const int32_t* place = nullptr;
   };
   using Kernel = void (*)(const Arguments&);
 };
+
+#if defined(PYVIT_HAS_LANE_MASKS)
+template <class T>
+inline constexpr bool kHasFewLanes = std::is_same_v<T, float>;
+#else
+template <class T>
+inline constexpr bool kHasFewLanes = false;
+#endif
 
 // Elements 0, 0, 1, 1, … of p.
 template <class T, int... Lane>
@@ -51,17 +67,31 @@ inline Vec<T> load_twice(const T* p, std::integer_sequence<int, Lane...>) {
 
 // Pixels are `Step` vectors apart, or `pitch` where Step is 0: x86 addresses reach a pointer and
 // {1, 2} times that, so every third pixel then has a pointer of its own.
-template <class T, int Step, bool Twice, int... Pixel>
+template <class T, int Step, LaneSource From, int... Pixel>
 inline void lane_kernel(const typename LaneTile<T>::Arguments& g,
                         std::integer_sequence<int, Pixel...>) {
   constexpr int L = kLanes<T>, pixels = sizeof...(Pixel);
   constexpr int bases = Step > 0 ? 1 : (pixels + 2) / 3, reach = Step > 0 ? pixels : 3;
   const int64_t pitch = (Step > 0 ? Step * L : g.pitch) * static_cast<int64_t>(sizeof(T));
   const int64_t tap_stride = g.tap_stride * static_cast<int64_t>(sizeof(T));
-  auto load_a = [](const char* from) {
+#if defined(PYVIT_HAS_LANE_MASKS)
+  constexpr bool few = From == LaneSource::few;
+  const LaneMask sources = lanes_between(0, g.sources), lanes = lanes_between(0, g.lanes);
+#endif
+  auto load_a = [&](const char* from, [[maybe_unused]] int64_t slot) {
     const T* p = reinterpret_cast<const T*>(from);
-    if constexpr (Twice) return load_twice(p, std::make_integer_sequence<int, L>{});
-    else return load(p);
+#if defined(PYVIT_HAS_LANE_MASKS)
+    if constexpr (few) return permute(load_masked(Vec<T>{}, sources, p), g.place, slot);
+#endif
+    if constexpr (From == LaneSource::twice)
+      return load_twice(p, std::make_integer_sequence<int, L>{});
+    return load(p);
+  };
+  auto store_c = [&](T* p, Vec<T> v) {
+#if defined(PYVIT_HAS_LANE_MASKS)
+    if constexpr (few) return store_masked(p, lanes, v);
+#endif
+    store(p, v);
   };
   Vec<T> sum[pixels] = {};
   for (int64_t s = 0; s < g.slots; ++s) {
@@ -73,7 +103,9 @@ inline void lane_kernel(const typename LaneTile<T>::Arguments& g,
       const T* w = g.weights + s * g.weight_slot_stride + i * g.weight_row_stride;
       for (int64_t j = g.taps; j > 0; --j, w += L) {
         const Vec<T> wj = load(w);
-        ((sum[Pixel] = fma(load_a(a[Pixel / reach] + Pixel % reach * pitch), wj, sum[Pixel])), ...);
+        ((sum[Pixel] = fma(load_a(a[Pixel / reach] + Pixel % reach * pitch, s), wj,
+                            sum[Pixel])),
+         ...);
 #pragma GCC unroll 5
         for (int q = 0; q < bases; ++q) {
           a[q] += tap_stride;
@@ -85,26 +117,28 @@ inline void lane_kernel(const typename LaneTile<T>::Arguments& g,
   const T* base = g.base;
   T* c = g.c;
   const int64_t base_pitch = g.base_pitch, c_pitch = g.c_pitch;  // stores might alias g
-  ((store(c + Pixel * c_pitch, load(base + Pixel * base_pitch) + sum[Pixel])), ...);
+  ((store_c(c + Pixel * c_pitch, load(base + Pixel * base_pitch) + sum[Pixel])), ...);
 }
 
-template <class T, int Step, bool Twice, int Pixels>
+template <class T, int Step, LaneSource From, int Pixels>
 void lane_kernel_of(const typename LaneTile<T>::Arguments& g) {
-  lane_kernel<T, Step, Twice>(g, std::make_integer_sequence<int, Pixels>{});
+  lane_kernel<T, Step, From>(g, std::make_integer_sequence<int, Pixels>{});
 }
 
-template <class T, int Step, bool Twice, int... Pixels>
+template <class T, int Step, LaneSource From, int... Pixels>
 constexpr auto lane_kernel_table(std::integer_sequence<int, Pixels...>) {
   return std::array<typename LaneTile<T>::Kernel, sizeof...(Pixels)>{
-      lane_kernel_of<T, Step, Twice, Pixels + 1>...};
+      lane_kernel_of<T, Step, From, Pixels + 1>...};
 }
-template <class T, int Step, bool Twice = false>
+template <class T, int Step, LaneSource From = LaneSource::straight>
 inline constexpr auto kLaneKernels =
-    lane_kernel_table<T, Step, Twice>(std::make_integer_sequence<int, LaneTile<T>::pixels>{});
+    lane_kernel_table<T, Step, From>(std::make_integer_sequence<int, LaneTile<T>::pixels>{});
 
 template <class T>
 inline void run_lane_kernel(int64_t pixels, const typename LaneTile<T>::Arguments& g) {
-  (g.twice                    ? kLaneKernels<T, 0, true>
+  if constexpr (kHasFewLanes<T>)
+    if (g.from == LaneSource::few) return kLaneKernels<T, 0, LaneSource::few>[pixels - 1](g);
+  (g.from == LaneSource::twice ? kLaneKernels<T, 0, LaneSource::twice>
    : g.pitch == kLanes<T>     ? kLaneKernels<T, 1>
    : g.pitch == 2 * kLanes<T> ? kLaneKernels<T, 2>
                               : kLaneKernels<T, 0>)[pixels - 1](g);

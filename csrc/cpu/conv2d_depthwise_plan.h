@@ -18,6 +18,7 @@ constexpr int64_t kLanePanelBytes = 384 << 10;     // packed weights of one task
 constexpr int64_t kMostLaneBlocks = 8;             // vectors of lanes of one task
 constexpr int64_t kMostPairs = 8;  // of a source and a destination channel of one group
 constexpr int64_t kColumnsOfSpan = 6;  // columns of a layer in place for each that a kernel spans
+constexpr int64_t kMostFewTaps = 16;  // of a destination pixel, for each source pixel
 constexpr int64_t kRowsOfSpan = 4;  // rows of a box for each row that its neighbour repeats
 
 // The taps of one phase on one axis, in ascending order of their offsets, which are equally spaced.
@@ -72,8 +73,14 @@ struct LanePlan {
   const Gather<S>& any() const { return phases.list[0]; }
   LaneBlock<T> block(int64_t index) const {
     // In place the last block is a whole one too, and repeats channels of its neighbour.
-    const int64_t first = in_place ? std::min(index * L, channels - L) : index * L;
+    const int64_t first = in_place ? std::max<int64_t>(0, std::min(index * L, channels - L))
+                                   : index * L;
     return LaneBlock<T>(first, channels, per_group, slots);
+  }
+  int64_t sources() const { return any().groups * slots; }
+  LaneSource from() const {  // of a layer in place
+    if (channels < L || slots > 1) return LaneSource::few;
+    return per_group == 1 ? LaneSource::straight : LaneSource::twice;
   }
   int64_t band_rows(int64_t pixels) const {
     const int64_t reach = rows.positions(0, pixels).end + rows.last - rows.first + 1;
@@ -94,7 +101,7 @@ struct LanePlan {
   // K where a phase's K×K windows overlap as conv2d_depthwise_patch.h has them, else 0.
   int64_t patch_kernel(size_t p) const {
     const TapAxis &down = taps[0][p], &across = taps[1][p];
-    const bool dense = per_group == 1 && rows.step == 1 && columns.step == 1 && down.count == across.count &&
+    const bool dense = from() == LaneSource::straight && rows.step == 1 && columns.step == 1 && down.count == across.count &&
                        down.spacing == 1 && across.spacing == 1;
     return dense && (down.count == 3 || down.count == 5) ? down.count : 0;
   }
@@ -113,6 +120,7 @@ struct LanePlan {
   bool few_channels() const;
   void plan_axis(LaneAxis& axis, int index);
   void plan_boxes();
+  bool few_pay() const;
   bool plan_in_place();
 };
 
@@ -142,7 +150,9 @@ bool LanePlan<S>::few_channels() const {
       std::min(any().groups, L / per_group + (L % per_group == 0 ? 0 : 2));
   const int64_t sources = groups_of_block * slots;  // of a vector of lanes
   const int64_t most_pairs = sources <= L ? std::max(kMostPairs, L) : kMostPairs;
-  return any().groups > 1 && 2 * per_group <= L && channels >= L / 4 &&
+  return any().groups > 1 && 2 * per_group <= L &&
+         (channels >= L / 4 || phases.list.size() > 1 ||
+          (kHasFewLanes<S> && any().source.stride[1] == 1 && any().destination.stride[1] == 1)) &&
          sources <= kMostLaneSources * L &&
          slots * per_group <= most_pairs * phases.stride[0] * phases.stride[1];
 }
@@ -166,12 +176,22 @@ void LanePlan<S>::plan_axis(LaneAxis& axis, int index) {
   axis.cut(1);
 }
 
+// Whether channels of less than a vector pay in place, where each product brings them to their lanes
+// again: not where a band can have them there for many products.
+template <class S>
+bool LanePlan<S>::few_pay() const {
+  const int64_t phases_taken = phases.list.size() * rows.step * columns.step;
+  return kHasFewLanes<T> && channels <= L && sources() <= L &&
+         (per_group * slots > 1 || taps_in_all <= kMostFewTaps * phases_taken);
+}
+
 // Depth-wise on channels last. Boxes are whole rows of all channels: memory is walked as it lies.
 template <class S>
 bool LanePlan<S>::plan_in_place() {
-  in_place = std::is_same_v<S, T> && per_group <= 2 && slots == 1 && channels >= L &&
+  in_place = std::is_same_v<S, T> &&
+             (from() == LaneSource::few ? few_pay() : per_group <= 2) &&
              any().source.stride[1] == 1 && any().destination.stride[1] == 1 &&
-             taps_in_all <= kLaneChain &&
+             slots * taps_in_all <= kLaneChain &&
              blocks * panel_elements() * static_cast<int64_t>(sizeof(T)) <= kLanePanelBytes;
   // A column at an image's side is summed by itself, with the taps that reach the image from it.
   const int64_t span = columns.last - columns.first, covered = columns.size * columns.step;

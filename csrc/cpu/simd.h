@@ -155,6 +155,12 @@ inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
       _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   return (Vec<float>)_mm512_permutex2var_ps((__m512)a, even, (__m512)b);
 }
+// Lane l takes lane place[l] + add of v.
+inline Vec<float> permute(Vec<float> v, const int32_t* place, int64_t add) {
+  const __m512i from = _mm512_add_epi32(_mm512_loadu_si512(place),
+                                        _mm512_set1_epi32(static_cast<int>(add)));
+  return (Vec<float>)_mm512_permutexvar_ps(from, (__m512)v);
+}
 #elif defined(__AVX2__)
 #define PYVIT_HAS_LANE_MASKS 1
 using LaneMask = __m256i;
@@ -176,6 +182,11 @@ inline void store_masked(float* p, LaneMask mask, Vec<float> v) {
 inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
   const __m256 mixed = _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
   return (Vec<float>)_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8);
+}
+inline Vec<float> permute(Vec<float> v, const int32_t* place, int64_t add) {
+  const __m256i from = _mm256_add_epi32(_mm256_loadu_si256((const __m256i*)place),
+                                        _mm256_set1_epi32(static_cast<int>(add)));
+  return (Vec<float>)_mm256_permutevar8x32_ps((__m256)v, from);
 }
 #endif
 
