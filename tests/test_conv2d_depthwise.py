@@ -47,6 +47,13 @@ SHAPES = {
     "blocks": (2, 272, 30, 10, 272, 3, 1, 1, 1, 272),
     "doubled": (2, 20, 9, 9, 40, 3, 2, 1, 1, 20),
     "tripled": (2, 13, 9, 9, 39, 5, 1, 2, 2, 13),
+    "doubled-several-vectors": (2, 36, 13, 17, 72, 3, 3, 1, 1, 36),
+    "three-strided": (2, 3, 22, 25, 3, 3, 2, 1, 1, 3),
+    "three-doubled-strided": (3, 3, 22, 28, 6, 3, 3, 1, 1, 3),
+    "eight-strided": (2, 8, 23, 25, 8, 5, 3, 2, 1, 8),
+    "pairs-in-a-vector": (2, 8, 13, 27, 8, (3, 2), 1, 1, 1, 4),
+    "threes-in-a-vector": (2, 12, 13, 17, 16, 3, 2, 1, 1, 4),
+    "quadrupled-in-a-vector": (2, 4, 13, 17, 16, 3, 2, 1, 1, 4),
     "halved": (2, 40, 9, 9, 20, 3, 1, 1, 1, 20),
     "groups-of-four": (2, 64, 14, 15, 64, 3, 1, 1, 1, 16),
     "groups-of-three": (2, 63, 14, 15, 63, 3, 2, 1, 1, 21),
@@ -68,7 +75,18 @@ def test_as_accurate_as_torch(shape, dtype, memory_format):
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
-    "shape", ["3x3", "planes", "three-side-by-side", "dilated-strided", "tripled", "groups-of-four"]
+    "shape",
+    [
+        "3x3",
+        "planes",
+        "three-side-by-side",
+        "dilated-strided",
+        "doubled-several-vectors",
+        "tripled",
+        "three-doubled-strided",
+        "pairs-in-a-vector",
+        "groups-of-four",
+    ],
 )
 def test_slices_of_larger_tensors(shape, memory_format):
     check_slices(SHAPES[shape], FORMATS[memory_format])
@@ -86,6 +104,9 @@ def test_slices_of_larger_tensors(shape, memory_format):
         "dilated-strided",
         "boxes",
         "blocks",
+        "doubled-several-vectors",
+        "three-doubled-strided",
+        "pairs-in-a-vector",
         "groups-of-four",
         "long-sums",
     ],
@@ -94,7 +115,16 @@ def test_repeatable_and_batch_invariant(shape, memory_format):
     check_repeatable_and_batch_invariant(SHAPES[shape], FORMATS[memory_format])
 
 
-@pytest.mark.parametrize("shape", ["dilated-strided", "planes", "three-side-by-side"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "dilated-strided",
+        "planes",
+        "three-side-by-side",
+        "doubled-several-vectors",
+        "eight-strided",
+    ],
+)
 def test_layouts_agree_bit_for_bit(shape):
     x, weight, bias = tensors(SHAPES[shape], torch.float32)
     geometry = SHAPES[shape][6:]

@@ -138,7 +138,7 @@ class LanesInPlace {
     typename LaneTile<T>::Arguments tile;
     tile.pitch = along.step * part.stride[axis];
     tile.from = plan_.from();
-    tile.sources = plan_.sources(), tile.lanes = plan_.channels, tile.place = place_;
+    tile.sources = plan_.all_sources(), tile.lanes = plan_.channels, tile.place = place_;
     tile.slots = plan_.slots;
     tile.slot_stride = 0;
     tile.weight_slot_stride = part.rows.count * part.columns.count * L;

@@ -18,7 +18,9 @@ constexpr int64_t kLanePanelBytes = 384 << 10;     // packed weights of one task
 constexpr int64_t kMostLaneBlocks = 8;             // vectors of lanes of one task
 constexpr int64_t kMostPairs = 8;  // of a source and a destination channel of one group
 constexpr int64_t kColumnsOfSpan = 6;  // columns of a layer in place for each that a kernel spans
-constexpr int64_t kMostFewTaps = 16;  // of a destination pixel, for each source pixel
+// Products of a destination pixel of few channels, in place, for each source pixel; and where no
+// pixel's channels need spreading.
+constexpr int64_t kMostFewProducts = 64, kMostFewTaps = 16;
 constexpr int64_t kRowsOfSpan = 4;  // rows of a box for each row that its neighbour repeats
 
 // The taps of one phase on one axis, in ascending order of their offsets, which are equally spaced.
@@ -77,9 +79,9 @@ struct LanePlan {
                                    : index * L;
     return LaneBlock<T>(first, channels, per_group, slots);
   }
-  int64_t sources() const { return any().groups * slots; }
+  int64_t all_sources() const { return any().groups * slots; }
   LaneSource from() const {  // of a layer in place
-    if (channels < L || slots > 1) return LaneSource::few;
+    if (channels < L || slots > 1 || per_group > 2) return LaneSource::few;
     return per_group == 1 ? LaneSource::straight : LaneSource::twice;
   }
   int64_t band_rows(int64_t pixels) const {
@@ -101,8 +103,8 @@ struct LanePlan {
   // K where a phase's K×K windows overlap as conv2d_depthwise_patch.h has them, else 0.
   int64_t patch_kernel(size_t p) const {
     const TapAxis &down = taps[0][p], &across = taps[1][p];
-    const bool dense = from() == LaneSource::straight && rows.step == 1 && columns.step == 1 && down.count == across.count &&
-                       down.spacing == 1 && across.spacing == 1;
+    const bool dense = from() == LaneSource::straight && rows.step == 1 && columns.step == 1 &&
+                       down.count == across.count && down.spacing == 1 && across.spacing == 1;
     return dense && (down.count == 3 || down.count == 5) ? down.count : 0;
   }
   int64_t sum_elements() const { return in_place ? 0 : box_pixels() * L; }
@@ -143,7 +145,8 @@ LanePlan<S>::LanePlan(const Phases<S>& phases_, const int64_t kernel[2])
 }
 
 // Whether lanes of several groups pay: their sources must be brought to them slot by slot, while a
-// band (conv2d_band.cpp) takes one group at a time, however few sums that is.
+// band (conv2d_band.cpp) takes one group at a time, however few sums that is. Planes of very few
+// channels leave most lanes empty; in place that is no matter, nor where a band takes many phases.
 template <class S>
 bool LanePlan<S>::few_channels() const {
   const int64_t groups_of_block =
@@ -151,8 +154,9 @@ bool LanePlan<S>::few_channels() const {
   const int64_t sources = groups_of_block * slots;  // of a vector of lanes
   const int64_t most_pairs = sources <= L ? std::max(kMostPairs, L) : kMostPairs;
   return any().groups > 1 && 2 * per_group <= L &&
-         (channels >= L / 4 || phases.list.size() > 1 ||
-          (kHasFewLanes<S> && any().source.stride[1] == 1 && any().destination.stride[1] == 1)) &&
+         (std::min(channels, all_sources()) >= L / 4 || phases.list.size() > 1 ||
+          (kHasFewLanes<S> && slots * per_group <= 4 && any().source.stride[1] == 1 &&
+           any().destination.stride[1] == 1)) &&
          sources <= kMostLaneSources * L &&
          slots * per_group <= most_pairs * phases.stride[0] * phases.stride[1];
 }
@@ -181,8 +185,9 @@ void LanePlan<S>::plan_axis(LaneAxis& axis, int index) {
 template <class S>
 bool LanePlan<S>::few_pay() const {
   const int64_t phases_taken = phases.list.size() * rows.step * columns.step;
-  return kHasFewLanes<T> && channels <= L && sources() <= L &&
-         (per_group * slots > 1 || taps_in_all <= kMostFewTaps * phases_taken);
+  const int64_t most = per_group * slots > 1 ? kMostFewProducts : kMostFewTaps;
+  return kHasFewLanes<T> && channels <= L && all_sources() <= L &&
+         slots * taps_in_all <= most * phases_taken;
 }
 
 // Depth-wise on channels last. Boxes are whole rows of all channels: memory is walked as it lies.
