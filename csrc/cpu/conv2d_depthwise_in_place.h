@@ -19,6 +19,9 @@ namespace pyvit {
 
 constexpr int64_t kLanesInCache = 14 << 20;  // bytes; beyond them, fetching ahead pays
 
+constexpr int64_t kBytesAhead = 128;
+constexpr int64_t kPixelsApart = 4, kChannelsOfRun = 128;
+
 template <class T>
 class LanesInPlace {
   static constexpr int64_t L = kLanes<T>;
@@ -151,7 +154,12 @@ class LanesInPlace {
     tile.c_pitch = part.to_stride[axis];
     const int64_t weight = tap_rows.begin * tile.weight_row_stride + tap_columns.begin * L;
     const int64_t length = axis == 0 ? rows.end - rows.begin : columns.end - columns.begin;
-    const int64_t parts = ceil_div(length, LaneTile<T>::pixels);
+    // Pixels that share no source need not be in one tile: few of them leave the processor few
+    // runs of memory to follow, where those are long.
+    const bool apart = axis == 1 && along.step > 1 && along.step >= part.columns.count &&
+                       plan_.channels >= kChannelsOfRun;
+    const int64_t most = apart ? kPixelsApart : LaneTile<T>::pixels;
+    const int64_t parts = ceil_div(length, most);
     for (int64_t i = 0, at = 0; i < parts; ++i) {
       const int64_t count = (length - at) / (parts - i);
       const int64_t row = rows.begin + (axis == 0 ? at : 0);
@@ -166,10 +174,20 @@ class LanesInPlace {
         if (fetches_ && plan_.phases.list.size() > 1)
           for (int64_t q = count; q < 2 * count; ++q)
             __builtin_prefetch(tile.c + q * tile.c_pitch, 1);
+        if (fetches_ && axis == 1 && along.step > 1) fetch_windows(count, tile);
         run_lane_kernel<T>(count, tile);
       }
       at += count;
     }
+  }
+
+  // What the same pixels read of a block soon to come.
+  static void fetch_windows(int64_t pixels, const typename LaneTile<T>::Arguments& tile) {
+    for (int64_t i = 0; i < tile.rows; ++i)
+      for (int64_t q = 0; q < pixels; ++q)
+        for (int64_t j = 0; j < tile.taps; ++j)
+          __builtin_prefetch(tile.a + i * tile.row_stride + q * tile.pitch + j * tile.tap_stride +
+                             kBytesAhead / sizeof(T));
   }
 
   void sum_patches(const Part& part, int64_t kernel, Span rows, Span columns) const {
