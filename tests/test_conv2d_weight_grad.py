@@ -38,6 +38,8 @@ SHAPES = {
     "kernel as large as the image": (1, 2, 130, 130, 3, 128, 1, 0, 1, 1),
     "far dilation": (1, 9, 70, 65, 10, 3, 1, 30, 30, 1),
     "wide channels": (2, 300, 6, 7, 150, 3, 1, 1, 1, 1),
+    "pixels far apart": (2, 16, 31, 32, 24, 5, 3, 0, 1, 1),
+    "pixels far apart, few taps": (2, 48, 16, 17, 40, 2, 3, 0, 1, 1),
     "depthwise": (2, 45, 14, 15, 45, 3, 1, 1, 1, 45),
     "depthwise, large kernel": (1, 20, 17, 40, 20, 7, 1, 3, 1, 20),
     "depthwise, strided and dilated": (2, 20, 17, 19, 20, 3, 2, 2, 2, 20),

@@ -229,8 +229,10 @@ bool planar_pays(const Conv2dShape& s, View4 x) {
   const double packed = ceil_div(plan.channels * plan.phases() + plan.outs, L);
   // Every sum costs the addition of its lanes; some strided rows are packed one by one.
   const bool single_pixels = x.stride[1] != 1 && s.stride[1] * x.stride[3] > 2;
+  // Pixels that are turned one by one, to a plane for each phase.
+  const bool far_apart = x.stride[1] == 1 && s.stride[1] > 2 && plan.taps() > 1 && plan.outs > L;
   const double planar = products * (1.15 * plan.vectors() + 24) +
-                        (single_pixels ? 40 : 12) * packed * plan.pixels();
+                        (single_pixels ? 40 : far_apart ? 28 : 12) * packed * plan.pixels();
   // A single vector of output channels costs more than each of two; a first layer packs less.
   const int64_t vectors = ceil_div(plan.outs, L), single = vectors % 2;
   const bool first = plan.channels < 8 && s.groups == 1;
