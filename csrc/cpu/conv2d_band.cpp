@@ -3,8 +3,9 @@
 // A task owns a box of the destination: some rows and columns, up to a few hundred channels. It
 // copies the source's part under it into a band (conv2d_band_copy.h), with zeros left and right,
 // packs the weights as strips, and multiplies windows of the band with the strips (row_kernel.h).
-// The memory layouts of source and destination matter to the copies alone. Where channels are too
-// few to fill a vector, its lanes take terms of the sum too (conv2d_band_fold.h).
+// The memory layouts of source and destination matter to the copies alone; a 1×1 kernel reads the
+// pixels of a channels-last source where they lie. Where channels are too few to fill a vector, its
+// lanes take terms of the sum too (conv2d_band_fold.h).
 //
 // Under a dilated kernel, the box's rows are those that read the same residue of source rows, for
 // which the kernel is dense; and taps that miss the image are left out, for whole rows and for runs
@@ -161,6 +162,14 @@ class Worker {
     return begin;
   }
 
+  // The first pixel of a view's rows, where it lies.
+  const T* source_of(int64_t image, const RowView& view) const {
+    const PatchSource<S>& source = phases_[0].source;
+    return reinterpret_cast<const T*>(source.data + image * source.stride[0] +
+                                      channel_ * source.stride[1] +
+                                      view.first_row * source.stride[2]);
+  }
+
   // Which of `rows` rows a tap reads from the box; row 0 lies `first` behind the first one reached.
   std::vector<char> rows_read(const Box& box, int64_t first, int64_t rows) const {
     const auto& taps = phases_[0].source.taps[0];
@@ -180,10 +189,13 @@ class Worker {
     if (box.rows <= 0) return;
     const BandAxis &down = plan_.rows, &across = plan_.columns;
     const RowView view = plan_.view(box.view);
-    const int64_t pitch = plan_.pitch(channel_count_);
-    const int64_t first_row = pack(box, view, pitch);
-    const int64_t first_column = across.first(box.column);
-    const BandLayout layout{across.band(across.extent) * pitch, pitch, channel_count_, plan_.fold};
+    const bool in_place = plan_.in_place;
+    const int64_t pitch = in_place ? source_.stride[3] : plan_.pitch(channel_count_);
+    const int64_t first_row = in_place ? 0 : pack(box, view, pitch);
+    const int64_t first_column = in_place ? 0 : across.first(box.column);
+    const T* band = in_place ? source_of(box.image, view) : band_;
+    const int64_t line = in_place ? source_.stride[2] : across.band(across.extent) * pitch;
+    const BandLayout layout{line, pitch, channel_count_, plan_.fold};
     const T* panel = panel_;
     for (size_t p = 0; p < phases_.size(); ++p) {
       const Gather<S>& phase = phases_[p];
@@ -221,7 +233,7 @@ class Worker {
             const int64_t begin = std::max(segment.begin, column);
             const int64_t end = std::min(segment.end, column + columns);
             if (begin >= end) continue;
-            const T* first = band_;
+            const T* first = band;
             if (of_rows.size() > 0 && segment.taps.size() > 0)
               first += (h + phase.source.taps[0][of_rows.first].offset - first_row) * layout.line +
                        (begin * across.step + phase.source.taps[1][segment.taps.first].offset -

@@ -76,6 +76,7 @@ struct BandPlan {
   int64_t fold;  // terms of a sum side by side in the lanes that few channels leave idle
   int64_t boxes_per_task, boxes;
   bool direct;  // sums go straight to the destination
+  bool in_place;  // windows are the source's own pixels: each is read once, so a copy gains nothing
   bool possible = false;
 
   explicit BandPlan(const Phases<S>& phases_);
@@ -138,6 +139,7 @@ struct BandPlan {
   void plan_fold();
   void plan_boxes();
   void plan_tasks();
+  bool reads_in_place() const;
   void count_boxes() { boxes = any().batch * views * rows.boxes() * columns.boxes(); }
 };
 
@@ -168,6 +170,7 @@ BandPlan<S>::BandPlan(const Phases<S>& phases_) : phases(phases_) {
   width = std::max(strip, bytes_.panel / row_bytes / strip * strip);
   blocks = ceil_div(D, width);
   width = std::min(D, round_up(ceil_div(D, blocks), strip));
+  in_place = reads_in_place();
   plan_boxes();
   possible = scratch_bytes() <= kScratchLimit && rows.extent > 0;
   if (possible) plan_tasks();
@@ -261,6 +264,16 @@ void BandPlan<S>::plan_fold() {
     }
     if (length <= best) best = length, fold = candidate;
   }
+}
+
+template <class S>
+bool BandPlan<S>::reads_in_place() const {
+  const PatchSource<S>& source = any().source;
+  const int64_t pitch_bytes = source.stride[3] * columns.step * static_cast<int64_t>(sizeof(S));
+  return std::is_same_v<S, T> && taps == 1 && source.stride[1] == 1 && width <= 2 * RowTile<T>::strip &&
+         columns.low >= 0 && columns.high <= source.width &&
+         channels % fold == 0 && slice % fold == 0 &&  // else a run is read beyond its end
+         pitch_bytes % 2048 != 0;  // pixels that would share few cache lines
 }
 
 // Boxes as large as band and sums may be, cut into equal parts.
