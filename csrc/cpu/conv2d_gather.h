@@ -180,6 +180,8 @@ void flatten_pointwise(Phases<S>& phases) {
   }
   s.grid[0] = phases.size[0] = 1;
   s.grid[1] = phases.size[1] = s.width;
+  // The only phase of a stride across an image one pixel wide or high is the whole of it.
+  phases.stride[0] = phases.stride[1] = 1;
 }
 
 }  // namespace pyvit
