@@ -39,6 +39,7 @@ SHAPES = {
     "pointwise-strided": (2, 19, 9, 13, 2, 1, 2, 0, 1, 1),
     "pointwise-in-place": (2, 64, 13, 21, 3, 1, 1, 0, 1, 1),
     "pointwise-in-place-rows": (2, 48, 11, 17, 20, 1, 2, 0, 1, 2),
+    "pointwise-in-place-slices": (2, 1280, 5, 7, 4, 1, 1, 0, 1, 1),
     "pointwise-one-column": (3, 16, 11, 1, 4, 1, (1, 2), 0, 1, 1),
     "pointwise-one-pixel": (3, 16, 1, 1, 4, 1, 2, 0, 1, 1),
     "narrow": (2, 20, 9, 2, 3, 3, 1, 1, 1, 1),
