@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from pyvit.attacks.batch import Batch
-from pyvit.attacks.losses import LOSSES
+from pyvit.attacks.batch import Batch, Counts, Run
+from pyvit.attacks.graph import Graphs, opened
+from pyvit.attacks.losses import LOSSES, at_least_float32
 from pyvit.attacks.model_state import borrowed, global_random_state
+from pyvit.attacks.progress import progress_bar
 from pyvit.attacks.targets import (
     Targeted,
     check_classes,
@@ -24,14 +26,6 @@ from pyvit.ops import _checks
 from pyvit.ops.projected_step import check_bounds
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Counts:
-    """Work done in one call, in images: a batch of 8 passed once counts 8."""
-
-    forwards: int = 0
-    gradients: int = 0
 
 
 class Attack:
@@ -65,9 +59,30 @@ class Attack:
             as they are.
         generator: for random starts and targets, on the images' device; None: the global one.
         progress: show a progress bar where tqdm is installed.
+        graph: whether steps run as CUDA graphs: recorded once for each batch size, then replayed
+            without Python, which saves the time in which the GPU waits for it; the same images.
+            None: where the images are on a GPU and the steps are enough to pay for a recording
+            (9). A model that cannot be recorded (it waits for the GPU or draws random numbers on
+            the host within a step), or whose hooks a replay would skip, is then attacked without
+            graphs, after a warning that says why. False: never. True: NotImplementedError where
+            it is impossible; hooks are skipped. The first 3 steps at each batch size are ordinary
+            ones. Python code of the model and of a loss function does not run in a replay: what
+            it decides must be the same in each step. Costs the memory of a step until the call
+            ends; see ``keep_graphs`` for several calls. With ``early_stop`` batches halve, rather
+            than shrink by every finished image.
+        autocast: torch.bfloat16 or torch.float16: the model runs under ``torch.autocast`` of that
+            dtype, forward and backward; logits and loss are in float32. None: as the caller has
+            set it. Parameters are cast at each step; a model that is itself of that dtype saves
+            this. In float16 the gradient of a model that is sure of an image may be all zero.
     """
 
     steps: int
+
+    # A rule declares this where each call of ``move`` does the same on ``batch``'s tensors:
+    # nothing is read on the host, no attribute changes, and what changes is in ``batch.rule``, of
+    # the same names, shapes and dtypes before and after. A class that overrides ``move`` declares
+    # it anew.
+    replayable: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -81,6 +96,8 @@ class Attack:
         model_mode: str = "eval",
         generator: torch.Generator | None = None,
         progress: bool = False,
+        graph: bool | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.op = f"attacks.{type(self).__name__}"
         if not callable(model):
@@ -92,6 +109,10 @@ class Attack:
         if generator is not None and not isinstance(generator, torch.Generator):
             got = type(generator).__name__
             _checks.fail(TypeError, self.op, "generator", "a torch.Generator or None", got)
+        if graph is not None and not isinstance(graph, bool):
+            got = type(graph).__name__
+            _checks.fail(TypeError, self.op, "graph", "True, False or None", got)
+        _checks.choice(self.op, "autocast", autocast, (None, torch.bfloat16, torch.float16))
         self.model = model
         self.bounds = check_bounds(self.op, bounds)
         self.targeted = targeted
@@ -101,7 +122,12 @@ class Attack:
         self.model_mode = model_mode
         self.generator = generator
         self.progress = _checks.flag(self.op, "progress", progress)
+        self.graph = graph
+        self.autocast = autocast
         self.lengths: dict[str, float | Tensor] = {}
+        self._no_graphs: str | None = None  # why, once that is known
+        self._keeps_graphs = False
+        self._kept: Graphs | None = None
 
     # ---- the rule ---------------------------------------------------------------------------
 
@@ -113,6 +139,26 @@ class Attack:
         raise NotImplementedError
 
     # ---- one call ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def keep_graphs(self) -> Iterator[None]:
+        """Keep the CUDA graphs of calls for later calls inside ``with attack.keep_graphs():``.
+
+        They are used again for batches of the same size, layout and dtype, and recorded anew
+        where the model's modules, modes, parameters' or buffers' places in memory, or the
+        attack's settings are others. Values of parameters and buffers may change in place, as an
+        optimizer changes them. What else the model's code depends on (a number that it keeps as
+        an attribute, a schedule) must not change: a replay would not see it. The memory of the
+        graphs is held until the end.
+        """
+        self._keeps_graphs = True
+        try:
+            yield
+        finally:
+            self._keeps_graphs = False
+            graphs, self._kept = self._kept, None
+            if graphs is not None:
+                graphs.close()
 
     @overload
     def __call__(
@@ -147,7 +193,8 @@ class Attack:
             torch.inference_mode(False),
             torch.enable_grad(),
             borrowed(self.model, evaluating=self.model_mode == "eval"),
-            _progress_bar(self.op, self.steps * self.restarts, self.progress) as bar,
+            progress_bar(self.op, self.steps * self.restarts, self.progress) as bar,
+            opened(self, images) as graphs,
         ):
             # Autograd refuses images that were made in inference mode; a copy is an ordinary one.
             images = images.detach().clone()
@@ -155,7 +202,9 @@ class Attack:
             adversarial = images
             if len(images) > 0:
                 labels = self._labels(images, labels, counts)
-                adversarial = self._with_restarts(images, labels, counts, bar)
+                adversarial = self._with_restarts(images, labels, counts, bar, graphs)
+        if graphs is not None:
+            graphs.capture.hand_over(adversarial)
         return (adversarial, counts) if return_counts else adversarial
 
     def _labels(self, images: Tensor, labels: Tensor | None, counts: Counts) -> Tensor:
@@ -173,10 +222,12 @@ class Attack:
         how, generator = self.targeted, self.generator
         return choose_targets(self.op, how, images, labels, logits, generator)
 
-    def _with_restarts(self, images: Tensor, labels: Tensor, counts: Counts, bar: Any) -> Tensor:
+    def _with_restarts(
+        self, images: Tensor, labels: Tensor, counts: Counts, bar: Any, graphs: Graphs | None
+    ) -> Tensor:
         everyone = torch.arange(len(images), device=images.device)
         batch = Batch(index=everyone, x0=images, x=images, labels=labels)
-        best = self._attack(batch, counts, bar)
+        best = self._attack(batch, counts, bar, graphs)
         if self.restarts == 1:
             return best
         fooled, score = self._judge(best, labels, counts)
@@ -185,7 +236,7 @@ class Attack:
             if not bool(again.any()):
                 break
             places = everyone[again]
-            tried = self._attack(batch.keep(again), counts, bar)
+            tried = self._attack(batch.keep(again), counts, bar, graphs)
             fools, scores = self._judge(tried, labels[places], counts)
             same = fools == fooled[places]
             better = (fools & ~fooled[places]) | (same & (scores > score[places]))
@@ -201,43 +252,51 @@ class Attack:
             losses = self._losses(logits, labels)
         return self._fools(logits, labels), losses if self.targeted is False else -losses
 
-    def _attack(self, batch: Batch, counts: Counts, bar: Any) -> Tensor:
+    def _attack(self, batch: Batch, counts: Counts, bar: Any, graphs: Graphs | None) -> Tensor:
         """One run from one start: the adversarial images, one for each of the batch."""
         batch = replace(batch, rule=self._lengths_of(batch))
         self.begin(batch)
-        finished = batch.x.clone() if self.early_stop else None
-        rows = torch.arange(len(batch.x), device=batch.x.device)  # of `finished`
-        for step in range(self.steps):
-            x = batch.x.detach().requires_grad_()
-            logits = self._logits(x, counts)
-            if step == 0:
-                check_classes(self.op, "labels", batch.labels, logits.shape[1])
-            alive = None
-            if finished is not None:
-                fools = self._fools(logits, batch.labels)
-                if bool(fools.any()):
-                    alive = ~fools
-                    finished[rows[fools]] = batch.x[fools]
-                    rows = rows[alive]
-            if len(rows) == 0:
-                bar.update(self.steps - step)
-                break
-            grad = self._gradient(x, logits, batch.labels, alive, counts)
-            if alive is not None:
-                batch, grad = batch.keep(alive), grad[alive]
-            batch.x = self.move(batch, grad)
-            bar.update(1)
-        if finished is None:
-            return batch.x
-        if len(rows) > 0:
-            finished[rows] = batch.x
-        return finished
+        rows = torch.arange(len(batch.x), device=batch.x.device)
+        run = Run(batch, rows, batch.x.clone() if self.early_stop else None)
+        while run.step < self.steps and len(run.rows) > 0:
+            if graphs is None or not graphs.advance(run, counts, bar):
+                self._step(run, counts)
+                bar.update(1)
+        bar.update(self.steps - run.step)
+        return run.result()
+
+    def _step(self, run: Run, counts: Counts) -> None:
+        batch = run.batch
+        x = batch.x.detach().requires_grad_()
+        logits = self._logits(x, counts)
+        if run.step == 0:
+            check_classes(self.op, "labels", batch.labels, logits.shape[1])
+        run.step += 1
+        alive = None
+        if run.finished is not None:
+            fools = self._fools(logits, batch.labels)
+            if bool(fools.any()):
+                alive = ~fools
+                run.finished[run.rows[fools]] = batch.x[fools]
+                run.rows = run.rows[alive]
+                if len(run.rows) == 0:
+                    return
+        grad = self._gradient(x, logits, batch.labels, alive, counts)
+        if alive is not None:
+            run.batch = batch = batch.keep(alive)
+            grad = grad[alive]
+        batch.x = self.move(batch, grad)
 
     # ---- what the loop is made of -----------------------------------------------------------
 
     def _logits(self, x: Tensor, counts: Counts) -> Tensor:
         counts.forwards += len(x)
-        logits = self.model(x)
+        if self.autocast is None:
+            logits = self.model(x)
+        else:
+            # Nothing is cached: the parameters are frozen, and autocast caches casts of leaves.
+            with torch.autocast(x.device.type, self.autocast, cache_enabled=False):
+                logits = self.model(x)
         if not isinstance(logits, Tensor):
             wanted = "a function of images alone that returns logits"
             got = f"a {type(logits).__name__} from it (wrap the model)"
@@ -245,7 +304,7 @@ class Attack:
         if logits.dim() != 2 or logits.shape[0] != len(x):
             wanted = f"one that returns logits of shape ({len(x)}, classes)"
             _checks.fail(ValueError, self.op, "model", wanted, _checks.shape_of(logits))
-        return logits
+        return logits if self.autocast is None else at_least_float32(logits)
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         losses = self.loss(logits, labels)
@@ -323,17 +382,3 @@ class Attack:
             name: value.to(batch.x.device)[batch.index] if isinstance(value, Tensor) else value
             for name, value in self.lengths.items()
         }
-
-
-class _NoBar:
-    def update(self, n: int) -> None:
-        pass
-
-
-def _progress_bar(title: str, total: int, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    if wanted:
-        with contextlib.suppress(ImportError):
-            from tqdm.auto import tqdm
-
-            return tqdm(total=total, desc=title.removeprefix("attacks."), unit="step")
-    return contextlib.nullcontext(_NoBar())

@@ -45,6 +45,7 @@ class FGSM(Attack):
         loss: str | Loss = "cross_entropy",
         model_mode: str = "eval",
         generator: torch.Generator | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -53,6 +54,7 @@ class FGSM(Attack):
             loss=loss,
             model_mode=model_mode,
             generator=generator,
+            autocast=autocast,
         )
         self.add_lengths(eps=eps)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label], ``[B]``; in float32 at least, whatever the model's dtype."""
-    return F.cross_entropy(_at_least_float32(logits), labels, reduction="none")
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     not vanish for a model that is sure. The label itself is masked with -inf, so that negative
     logits are compared rightly.
     """
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     is_label = F.one_hot(labels, logits.shape[1]).bool()
     others = logits.masked_fill(is_label, -torch.inf).amax(1)
     return others - logits.gather(1, labels[:, None]).squeeze(1)
@@ -31,5 +31,5 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES = {"cross_entropy": cross_entropy, "margin": margin}
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

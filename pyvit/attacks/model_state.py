@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -63,3 +63,20 @@ def global_random_state(device: torch.device, *, kept: bool) -> Iterator[None]:
     device_type = device.type if on_device else "cuda"
     with torch.random.fork_rng(devices=on_device, device_type=device_type):
         yield
+
+
+def hooked(model: nn.Module) -> bool:
+    """Whether calling the model runs functions that its modules do not know of."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, kind) for module in model.modules() for kind in kinds)
+
+
+def fingerprint(model: Callable[..., Tensor]) -> Hashable:
+    """Its modules, their modes, and where its parameters and buffers lie; not their values."""
+    if not isinstance(model, nn.Module):
+        return id(model)
+    tensors = (*model.parameters(), *model.buffers())
+    return (
+        tuple((id(module), module.training) for module in model.modules()),
+        tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors),
+    )

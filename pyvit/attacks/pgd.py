@@ -54,6 +54,8 @@ class PGD(Attack):
         True
     """
 
+    replayable = True
+
     def __init__(
         self,
         model: Callable[[Tensor], Tensor],
@@ -73,6 +75,8 @@ class PGD(Attack):
         model_mode: str = "eval",
         generator: torch.Generator | None = None,
         progress: bool = False,
+        graph: bool | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -84,6 +88,8 @@ class PGD(Attack):
             model_mode=model_mode,
             generator=generator,
             progress=progress,
+            graph=graph,
+            autocast=autocast,
         )
         _checks.choice(self.op, "norm", norm, NORMS)
         _checks.choice(self.op, "step", step, STEPS)
