@@ -101,8 +101,10 @@ class RecordedOps:
         self.captures += 1
         if self.fails is not None:
             raise Uncapturable(self.fails)
+        random_state = torch.get_rng_state()
         with Record() as record:
             work()
+        torch.set_rng_state(random_state)
         for tensor, value in record.before.values():
             tensor.copy_(value)
 

@@ -23,8 +23,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     logits are compared rightly.
     """
     logits = at_least_float32(logits)
-    is_label = F.one_hot(labels, logits.shape[1]).bool()
-    others = logits.masked_fill(is_label, -torch.inf).amax(1)
+    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
     return others - logits.gather(1, labels[:, None]).squeeze(1)
 
 
