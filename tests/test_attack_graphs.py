@@ -16,6 +16,8 @@ from test_attacks import CLASSES, batch, batch_invariant_cnn, small_cnn
 from torch import nn
 
 from pyvit.attacks import FGSM, PGD, Attack, Counts, graph
+from pyvit.attacks.batch import Batch
+from pyvit.attacks.slots import Slots
 from pyvit.ops import projected_step
 
 STEPS = 14
@@ -257,7 +259,6 @@ def test_kept_graphs_see_new_values_of_parameters(recorder):
 
 def change_a_mode(model, attack):
     model[1].train()
-    attack.model_mode = "keep"
 
 
 def change_a_parameter(model, attack):
@@ -282,7 +283,8 @@ def change_a_length(model, attack):
 )
 def test_kept_graphs_are_recorded_anew_where_something_has_changed(recorder, change):
     model, images, labels, _ = attacked()
-    attack = PGD(model, eps=0.05, steps=STEPS, random_start=False)
+    model.eval()
+    attack = PGD(model, eps=0.05, steps=STEPS, random_start=False, model_mode="keep")
     with attack.keep_graphs():
         first = attack(images, labels)
         change(model, attack)
@@ -292,6 +294,47 @@ def test_kept_graphs_are_recorded_anew_where_something_has_changed(recorder, cha
     assert torch.equal(second, attack(images, labels))
     if change is not change_a_mode:
         assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda images: images.contiguous(memory_format=torch.channels_last),
+        lambda images: images.flip(3),  # the same layout
+        lambda images: images[:39],
+    ],
+)
+def test_kept_graphs_are_recorded_anew_for_other_layouts_and_sizes(recorder, change):
+    model, images, labels, _ = attacked()
+    options = dict(eps=0.05, steps=STEPS, random_start=False)
+    attack = PGD(model, **options)
+    others = change(images)
+    with attack.keep_graphs():
+        attack(images, labels)
+        for _ in range(2):
+            adversarial = attack(others, labels[: len(others)])
+    same = others.stride() == images.stride() and len(others) == len(images)
+    assert recorder.captures == (1 if same else 2)
+    expected = PGD(model, graph=False, **options)(others, labels[: len(others)])
+    assert torch.equal(adversarial, expected)
+    assert adversarial.stride() == expected.stride()
+
+
+def test_slots_beyond_the_images_are_done_from_the_start():
+    images, labels = batch(5, 8)
+    rule = {"eps": torch.rand(5), "steps": 3}
+    given = Batch(torch.arange(5), images, images + 1, labels, rule)
+    slots = Slots(given, 8, stops=True)
+    for _ in range(2):
+        assert slots.live() == 5
+        assert slots.done.tolist() == [False] * 5 + [True] * 3
+        for name, tensor in slots.batch.tensors().items():
+            assert len(tensor) == 8
+            assert torch.equal(tensor[:5], given.tensors()[name])
+            assert torch.equal(tensor[5:], given.tensors()[name][:1].expand_as(tensor[5:]))
+        slots.done.logical_not_()
+        slots.batch.x.zero_()
+        slots.load(given)
 
 
 def test_kept_graphs_take_batches_of_any_size_with_early_stop(recorder):
@@ -312,7 +355,6 @@ class Wrapped(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self.calls = torch.zeros(())  # no plain number: those are looked at
 
     def forward(self, x):
         return self.model(self.change(x))
@@ -346,6 +388,12 @@ class CountsCalls(Wrapped):
         return x / self.number
 
 
+class KeepsWhatItSaw(Wrapped):
+    def change(self, x):
+        self.seen = x.detach()
+        return x
+
+
 class Hooked(Wrapped):
     def __init__(self, model):
         super().__init__(model)
@@ -361,6 +409,7 @@ OBSTACLES = {
     DrawsWithPython: "changes Python's random numbers on the host",
     DrawsWithNumpy: "changes numpy's random numbers on the host",
     CountsCalls: "changes `CountsCalls.number` on the host",
+    KeepsWhatItSaw: "changes `KeepsWhatItSaw.seen` on the host",
     Hooked: "the model has hooks",
 }
 

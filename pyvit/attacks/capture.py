@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -47,6 +48,7 @@ def capture_for(device: torch.device, generator: torch.Generator | None) -> Capt
 
 # torch (2.11, 2.12) leaves its allocators with pointers to a graph whose capture went wrong.
 _FAILED: list[torch.cuda.CUDAGraph] = []
+_ONE_AT_A_TIME = threading.RLock()  # torch records one graph at a time in a process
 
 
 class CudaCapture:
@@ -60,7 +62,7 @@ class CudaCapture:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self.generator = generator
-        self.side = _side_stream(index)
+        self.side = _side_stream(index, threading.get_ident())
         self.pool = torch.cuda.graph_pool_handle()
 
     @contextlib.contextmanager
@@ -97,24 +99,36 @@ class CudaCapture:
         try:
             return self._record(work, self.pool)
         except Exception as error:
-            torch.cuda.synchronize(self.device)
-            with contextlib.suppress(Exception):
-                # Random generators stay in capture mode until a capture has succeeded.
-                token = torch.zeros(1, device=self.device)
-                self._record(functools.partial(token.add_, 1), None)
-            raise _uncapturable(error) from error
+            self._mend()
+            if isinstance(error, Uncapturable):
+                raise
+            lines = str(error).splitlines() or [""]
+            what = f"{type(error).__name__}: {lines[0]}"
+            raise Uncapturable(f"capturing a step failed ({what})") from error
+
+    def _mend(self) -> None:
+        """After a failed capture random generators are in capture mode until one succeeds."""
+        torch.cuda.synchronize(self.device)
+        with contextlib.suppress(Exception):
+            token = torch.zeros(1, device=self.device)
+            self._record(functools.partial(token.add_, 1), None)
 
     def _record(self, work: Work, pool: _POOL_HANDLE | None) -> Work:
         graph = torch.cuda.CUDAGraph()
-        if self.generator is not None and hasattr(graph, "register_generator_state"):
-            graph.register_generator_state(self.generator)
+        if self.generator is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # later versions of torch register by themselves
+                graph.register_generator_state(self.generator)
         cause: Exception | None = None
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a cast that is kept would lie in the pool
         try:
             # Other threads may go on using the GPU: "thread_local".
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self.side, capture_error_mode="thread_local"
+            with (
+                _ONE_AT_A_TIME,
+                torch.cuda.graph(
+                    graph, pool=pool, stream=self.side, capture_error_mode="thread_local"
+                ),
             ):
                 try:
                     work()
@@ -130,6 +144,7 @@ class CudaCapture:
                     torch._C._cuda_endAllocateToPool(self.device.index, pool)
             raise (cause or error) from None
         finally:
+            cause = None  # it holds this frame, which holds it
             torch.set_autocast_cache_enabled(cached)
         return graph.replay
 
@@ -142,13 +157,9 @@ class CudaCapture:
 
 
 @functools.cache
-def _side_stream(index: int) -> torch.cuda.Stream:
-    """One for all attacks: every further stream would cost a workspace of cuBLAS."""
+def _side_stream(index: int, thread: int) -> torch.cuda.Stream:
+    """One for all attacks of a thread: every further stream would cost a workspace of cuBLAS.
+
+    Two threads cannot share it: the work of one would be recorded with that of the other.
+    """
     return torch.cuda.Stream(torch.device("cuda", index))
-
-
-def _uncapturable(error: Exception) -> Uncapturable:
-    if isinstance(error, Uncapturable):
-        return error
-    lines = str(error).splitlines() or [""]
-    return Uncapturable(f"capturing a step failed ({type(error).__name__}: {lines[0]})")

@@ -110,9 +110,10 @@ class Graphs:
         before = _host_state(self.attack, device)
         problem = self.capture.watched(step)
         after = _host_state(self.attack, device)
-        changed = [what for what, value in after.items() if before.get(what) != value]
-        if changed:
-            return f"a step changes {changed[0][0]} on the host, which a replay would not"
+        for what, value in after.items():
+            old = before.get(what)
+            if old is not value and (isinstance(value, Tensor) or old != value):
+                return f"a step changes {what[0]} on the host, which a replay would not"
         return problem
 
     def close(self) -> None:
@@ -166,6 +167,8 @@ def _obstacle(attack: Attack, device: torch.device) -> str | None:
     if not _replayable(type(attack)):
         return f"{type(attack).__name__} does not declare its `move` as `replayable`"
     if isinstance(model, nn.Module):
+        if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()):
+            return "the model is spread over several devices (nn.DataParallel)"
         if any(t.device != device for t in (*model.parameters(), *model.buffers())):
             return f"the model has parameters or buffers that are not on {device}"
         if attack.graph is None and hooked(model):
@@ -229,7 +232,7 @@ def _state(attack: Attack, device: torch.device) -> Hashable:
 
 
 def _host_state(attack: Attack, device: torch.device) -> dict[tuple[str, int], object]:
-    """What a step might change on the host: random generators; numbers of modules and rule."""
+    """What a step might change on the host: random generators, and what modules and rule keep."""
     state: dict[tuple[str, int], object] = {("Python's random numbers", 0): random.getstate()}
     if device.type != "cpu":
         state["the CPU's random numbers", 0] = torch.get_rng_state().tolist()
@@ -239,6 +242,6 @@ def _host_state(attack: Attack, device: torch.device) -> dict[tuple[str, int], o
     modules = attack.model.modules() if isinstance(attack.model, nn.Module) else ()
     for owner in (attack, *modules):
         for attribute, value in vars(owner).items():
-            if isinstance(value, PLAIN):
+            if isinstance(value, (*PLAIN, Tensor)):
                 state[f"`{type(owner).__name__}.{attribute}`", id(owner)] = value
     return state
