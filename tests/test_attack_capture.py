@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -119,6 +121,23 @@ def test_a_failed_capture_names_its_cause_and_is_mended(log):
     assert (end, synchronize, end_of_mended) == ("end", "synchronize", "end")
     assert said == [None, "side", "thread_local"]  # a pool of its own
     assert failed.was_reset and [failed] == capture._FAILED and mended is not failed
+
+
+def test_a_failed_capture_holds_nothing(log):
+    class Work:
+        def __call__(self):
+            raise ArithmeticError
+
+    work = Work()
+    alive = weakref.ref(work)
+    gc.disable()
+    try:
+        with contextlib.suppress(Uncapturable):
+            gpu().capture(work)
+        del work
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_reason_stays_a_reason(log):

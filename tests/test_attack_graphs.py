@@ -96,6 +96,9 @@ def test_early_stop_where_all_images_fall(recorder):
     assert torch.equal(adversarial, expected)
     assert (model(adversarial).argmax(1) != labels).all()
     assert counts.gradients < 40 * 200 / 2
+    few = images[:5], labels[:5]
+    _, counts = PGD(model, graph=True, **options)(*few, return_counts=True)
+    assert counts.gradients < 5 * 200 / 2  # the smallest batch, too, is left when all have fallen
 
 
 def test_restarts_replay_what_the_first_run_recorded(recorder):
@@ -105,6 +108,23 @@ def test_restarts_replay_what_the_first_run_recorded(recorder):
     assert torch.equal(adversarial, expected)
     assert recorder.captures == 1
     assert recorder.replays == 4 * STEPS - graph.WARM_UP
+
+
+def test_what_is_recorded_is_used_for_however_few_steps(recorder):
+    model, images, labels, _ = attacked()
+    PGD(model, steps=graph.WARM_UP + 2, restarts=3, graph=True)(images, labels)
+    assert recorder.captures == 1
+    assert recorder.replays == 2 + 2 * (graph.WARM_UP + 2)
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_progress_bar(recorder, capsys, early_stop):
+    pytest.importorskip("tqdm")
+    model, images, labels, _ = attacked()
+    options = dict(steps=STEPS, progress=True, early_stop=early_stop)
+    PGD(model, eps=1.0 if early_stop else 0.01, **options)(images, labels)
+    assert recorder.replays > 0
+    assert f" {STEPS}/{STEPS} " in capsys.readouterr().err
 
 
 def test_restarts_of_images_that_resist_fill_slots_up(recorder):

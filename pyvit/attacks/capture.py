@@ -119,7 +119,7 @@ class CudaCapture:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # later versions of torch register by themselves
                 graph.register_generator_state(self.generator)
-        cause: Exception | None = None
+        failure: Exception | None = None
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a cast that is kept would lie in the pool
         try:
@@ -133,20 +133,24 @@ class CudaCapture:
                 try:
                     work()
                 except Exception as error:
-                    cause = error
+                    failure = error  # the reason; ending the capture raises another
                     raise
         except Exception as error:
-            with contextlib.suppress(Exception):
-                graph.reset()
-            _FAILED.append(graph)
-            if pool is not None:
-                with contextlib.suppress(Exception):
-                    torch._C._cuda_endAllocateToPool(self.device.index, pool)
-            raise (cause or error) from None
+            failure = failure or error
         finally:
-            cause = None  # it holds this frame, which holds it
             torch.set_autocast_cache_enabled(cached)
-        return graph.replay
+        if failure is None:
+            return graph.replay
+        with contextlib.suppress(Exception):
+            graph.reset()
+        _FAILED.append(graph)
+        if pool is not None:
+            with contextlib.suppress(Exception):
+                torch._C._cuda_endAllocateToPool(self.device.index, pool)
+        try:
+            raise failure
+        finally:
+            del failure  # it holds this frame and, through it, the model
 
     def hand_over(self, result: Tensor) -> None:
         result.record_stream(torch.cuda.current_stream(self.device))

@@ -13,6 +13,7 @@ import random
 import sys
 import warnings
 from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,15 @@ SMALLEST = 8  # slots; halving fewer would save a GPU little
 PLAIN = (bool, int, float, str, type(None))
 
 
+@dataclass
+class Recording:
+    """Steps for one batch size and layout: their memory and, once they are warm, the graph."""
+
+    slots: Slots
+    warm_ups: int = 0
+    replay: Work | None = None
+
+
 class Graphs:
     """The recorded steps of one attack, one for each batch size and layout."""
 
@@ -42,68 +52,72 @@ class Graphs:
         self.attack = attack
         self.capture = capture
         self.state = state
-        self.recorded: dict[Hashable, tuple[Slots, Work]] = {}
+        self.recordings: dict[tuple[int, Hashable], Recording] = {}
         self.largest = 0
 
     def advance(self, run: Run, counts: Counts, bar: Any) -> bool:
         """Take steps, by graphs; False, and none taken, where graphs are not for the next one."""
-        attack = self.attack
-        layout = _layout(run.batch)
+        attack, layout = self.attack, _layout(run.batch)
         size = self._size(len(run.rows), attack.steps - run.step, layout)
         if size is None:
             return False
-        replay: Work | None = None
-        if (size, layout) in self.recorded:
-            slots, replay = self.recorded[size, layout]
-            slots.load(run.batch)
-            if run.step == 0:
-                check_classes(attack.op, "labels", run.batch.labels, slots.classes)
+        recording = self.recordings.get((size, layout))
+        if recording is None:
+            recording = Recording(Slots(run.batch, size, attack.early_stop))
+            self.recordings[size, layout] = recording
         else:
-            slots = Slots(run.batch, size, attack.early_stop)
-        warm_ups = 0
+            recording.slots.load(run.batch)
         try:
             while run.step < attack.steps:
-                problem = None
-                if replay is None and warm_ups == WARM_UP:
-                    replay = self.capture.capture(partial(slots.step, attack, Counts()))
-                    self.recorded[size, layout] = slots, replay
-                if replay is not None:
-                    replay()
-                    counts.forwards += size
-                    counts.gradients += size
-                else:
-                    warm_ups += 1
-                    step = partial(slots.step, attack, counts, first=run.step == 0)
-                    if warm_ups == WARM_UP:
-                        problem = self._last_look(step, run.batch.x.device)
-                    else:
-                        step()
-                run.step += 1
-                bar.update(1)
-                if problem is not None:
-                    raise Uncapturable(problem)
+                self._step(recording, run, counts, bar)
                 if attack.early_stop:
-                    live = slots.live()
+                    live = recording.slots.live()
                     better = self._size(live, attack.steps - run.step, layout)
                     if live == 0 or (better is not None and better < size):
                         break
         except Uncapturable as reason:
             _give_up(attack, str(reason), stacklevel=6)
-        slots.unload(run)
+        recording.slots.unload(run)
         return True
+
+    def _step(self, recording: Recording, run: Run, counts: Counts, bar: Any) -> None:
+        """By a replay; before that, to warm up."""
+        attack, slots = self.attack, recording.slots
+        problem = None
+        if recording.replay is None and recording.warm_ups == WARM_UP:
+            recording.replay = self.capture.capture(partial(slots.step, attack, Counts()))
+        if recording.replay is not None:
+            if run.step == 0:
+                check_classes(attack.op, "labels", slots.batch.labels, slots.classes)
+            recording.replay()
+            counts.forwards += len(slots.batch.x)
+            counts.gradients += len(slots.batch.x)
+        else:
+            step = partial(slots.step, attack, counts, first=run.step == 0)
+            if recording.warm_ups == WARM_UP - 1:
+                problem = self._last_look(step, run.batch.x.device)
+            else:
+                step()
+            recording.warm_ups += 1
+        run.step += 1
+        bar.update(1)
+        if problem is not None:
+            raise Uncapturable(problem)
 
     def _size(self, live: int, left: int, layout: Hashable) -> int | None:
         """The fewest slots that hold the live images and are recorded, or pay for a recording."""
-        if self.attack._no_graphs is not None:
+        attack = self.attack
+        if attack._no_graphs is not None:
             return None
         self.largest = max(self.largest, live)
-        sizes = [self.largest if self.attack.early_stop else live]
-        while self.attack.early_stop and (half := -(-sizes[-1] // 2)) >= max(live, SMALLEST):
+        sizes = [self.largest if attack.early_stop else live]
+        while attack.early_stop and (half := -(-sizes[-1] // 2)) >= max(live, SMALLEST):
             sizes.append(half)
-        keeps = self.attack.graph is True or self.attack._keeps_graphs
-        if left >= WARM_UP + (1 if keeps else PAYS):
+        recorded = {key for key, recording in self.recordings.items() if recording.replay}
+        insists = attack._keeps_graphs or (attack.graph is True and not recorded)
+        if left >= WARM_UP + (1 if insists else PAYS):
             return sizes[-1]
-        return next((size for size in reversed(sizes) if (size, layout) in self.recorded), None)
+        return next((size for size in reversed(sizes) if (size, layout) in recorded), None)
 
     def _last_look(self, step: Work, device: torch.device) -> str | None:
         """The last step before the capture, and what in it forbids one."""
@@ -118,7 +132,7 @@ class Graphs:
 
     def close(self) -> None:
         self.capture.close()
-        self.recorded.clear()
+        self.recordings.clear()
 
 
 @contextlib.contextmanager
