@@ -244,6 +244,21 @@ def test_labels_are_checked_before_a_replay(recorder):
     assert recorder.captures == 1
 
 
+def test_labels_are_checked_outside_what_is_watched(recorder):
+    """Runs that end after a step each warm up; the last look is then at a run's first step."""
+    model, images, labels, eps = attacked()
+    attack = PGD(model, eps, steps=STEPS, early_stop=True)
+    wrong = labels.clone().fill_(CLASSES)
+    with attack.keep_graphs():
+        for _ in range(graph.WARM_UP):
+            attack(images, (labels + 2) % CLASSES)
+            with pytest.raises(ValueError, match="`labels` must be classes"):
+                attack(images, wrong)
+        assert recorder.captures == 0
+        attack(images, labels)
+    assert recorder.captures > 0
+
+
 # ---- calls that keep graphs -----------------------------------------------------------------
 
 

@@ -84,16 +84,16 @@ class Graphs:
         """By a replay; before that, to warm up."""
         attack, slots = self.attack, recording.slots
         problem = None
+        if run.step == 0 and slots.classes > 0:
+            check_classes(attack.op, "labels", slots.batch.labels, slots.classes)
         if recording.replay is None and recording.warm_ups == WARM_UP:
             recording.replay = self.capture.capture(partial(slots.step, attack, Counts()))
         if recording.replay is not None:
-            if run.step == 0:
-                check_classes(attack.op, "labels", slots.batch.labels, slots.classes)
             recording.replay()
             counts.forwards += len(slots.batch.x)
             counts.gradients += len(slots.batch.x)
         else:
-            step = partial(slots.step, attack, counts, first=run.step == 0)
+            step = partial(slots.step, attack, counts)
             if recording.warm_ups == WARM_UP - 1:
                 problem = self._last_look(step, run.batch.x.device)
             else:

@@ -29,7 +29,7 @@ class Slots:
         places = places.where(places < count, 0)
         self.batch = batch.map(Tensor.clone if size == count else lambda tensor: tensor[places])
         self.done = torch.empty(size, dtype=torch.bool, device=device) if stops else None
-        self.classes = 0
+        self.classes = 0  # not known before the first step
         self.load(batch)
 
     def load(self, batch: Batch) -> None:
@@ -42,14 +42,14 @@ class Slots:
             self.done[:count].fill_(False)
             self.done[count:].fill_(True)
 
-    def step(self, attack: Attack, counts: Counts, *, first: bool = False) -> None:
-        """One step for every slot. Waits for nothing, but for the check of labels if ``first``."""
+    def step(self, attack: Attack, counts: Counts) -> None:
+        """One step for every slot. The first one checks the labels, later ones wait for nothing."""
         batch = replace(self.batch, rule=dict(self.batch.rule))
         x = batch.x.detach().requires_grad_()
         logits = attack._logits(x, counts)
-        self.classes = logits.shape[1]
-        if first:
-            check_classes(attack.op, "labels", batch.labels, self.classes)
+        if self.classes == 0:
+            check_classes(attack.op, "labels", batch.labels, logits.shape[1])
+            self.classes = logits.shape[1]
         grad = attack._gradient(x, logits, batch.labels, None, counts)
         moved = attack.move(batch, grad)
         if self.done is not None:
