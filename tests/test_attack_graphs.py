@@ -18,6 +18,7 @@ from torch import nn
 from pyvit.attacks import FGSM, PGD, Attack, Counts, graph
 from pyvit.attacks.batch import Batch
 from pyvit.attacks.slots import Slots
+from pyvit.models import VisionTransformer
 from pyvit.ops import projected_step
 
 STEPS = 14
@@ -87,6 +88,22 @@ def test_early_stop_gives_the_same_images_from_fewer_batch_sizes(
     assert recorder.captures >= 3  # 60, 30, 15 or 8
     assert recorder.replays > 15
     assert few.gradients < counts.gradients < 60 * 40 * 0.6
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_a_vision_transformer_of_ours(recorder, autocast, early_stop):
+    options = dict(embed_dim=48, depth=2, num_heads=4, num_classes=CLASSES, topk=6)
+    model = VisionTransformer(img_size=32, patch_size=8, **options).eval()
+    images, _ = batch(24, 32)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    options = dict(eps=torch.linspace(0.0, 0.05, 24), step_size=0.002, steps=30)
+    more = dict(autocast=autocast, early_stop=early_stop)
+    (expected, _), (adversarial, counts) = both(model, images, labels, **options, **more)
+    assert torch.equal(adversarial, expected)
+    assert recorder.captures >= 2 if early_stop else recorder.captures == 1
+    assert (counts.gradients < 24 * 30) == early_stop
 
 
 def test_early_stop_where_all_images_fall(recorder):
