@@ -123,7 +123,7 @@ def test_calls_on_any_stream_and_kept_graphs(captures):
     model, images, labels = on_gpu(small_cnn())
     options = dict(steps=STEPS, random_start=False)
     expected = PGD(model, graph=False, **options)(images, labels)
-    attack = PGD(model, **options)
+    attack = PGD(model, graph=None, **options)
     with attack.keep_graphs():
         for _ in range(3):
             stream = torch.cuda.Stream()
@@ -155,7 +155,7 @@ def test_what_cannot_be_recorded(captures, kind):
 
     expected = from_the_same_seed(PGD(victim(), graph=False, **options), images, labels)
     with pytest.warns(UserWarning, match="without CUDA graphs, because a step ") as warned:
-        adversarial = from_the_same_seed(PGD(victim(), **options), images, labels)
+        adversarial = from_the_same_seed(PGD(victim(), graph=None, **options), images, labels)
     assert torch.equal(adversarial, expected)
     assert not captures
     if kind is ReadsValues:
@@ -195,7 +195,7 @@ def test_an_exception_of_python_in_a_capture(captures):
 
 def test_memory_comes_back(captures):
     model, images, labels = on_gpu(small_cnn())
-    attack = PGD(model, steps=STEPS, random_start=False)
+    attack = PGD(model, steps=STEPS, random_start=False, graph=None)
     attack(images, labels)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
@@ -223,7 +223,7 @@ def test_another_thread_may_use_the_gpu(captures):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the other thread's waiting may be taken for ours
-            adversarial = PGD(model, steps=STEPS, random_start=False)(images, labels)
+            adversarial = PGD(model, steps=STEPS, random_start=False, graph=None)(images, labels)
     finally:
         stop.set()
         thread.join()
@@ -234,5 +234,5 @@ def test_another_thread_may_use_the_gpu(captures):
 def test_labels_are_still_checked(captures):
     model, images, labels = on_gpu(small_cnn())
     with pytest.raises(ValueError, match="`labels` must be classes"):
-        PGD(model, steps=STEPS)(images, labels.fill_(CLASSES))
+        PGD(model, steps=STEPS, graph=None)(images, labels.fill_(CLASSES))
     assert not captures

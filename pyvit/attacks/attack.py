@@ -59,17 +59,17 @@ class Attack:
             as they are.
         generator: for random starts and targets, on the images' device; None: the global one.
         progress: show a progress bar where tqdm is installed.
-        graph: whether steps run as CUDA graphs: recorded once for each batch size, then replayed
-            without Python, which saves the time in which the GPU waits for it; the same images.
-            None: where the images are on a GPU and the steps are enough to pay for a recording
-            (9). A model that cannot be recorded (it waits for the GPU or draws random numbers on
-            the host within a step), or whose hooks a replay would skip, is then attacked without
-            graphs, after a warning that says why. False: never. True: NotImplementedError where
-            it is impossible; hooks are skipped. The first 3 steps at each batch size are ordinary
-            ones. Python code of the model and of a loss function does not run in a replay: what
-            it decides must be the same in each step. Costs the memory of a step until the call
-            ends; see ``keep_graphs`` for several calls. With ``early_stop`` batches halve, rather
-            than shrink by every finished image.
+        graph: True or None: steps run as CUDA graphs, recorded once for each batch size, then
+            replayed without Python, which saves the time in which the GPU waits for it; the same
+            images. A model that cannot be recorded (it waits for the GPU or draws random numbers
+            on the host within a step) is refused with NotImplementedError by True; with None, it
+            is attacked without graphs after a warning that says why, as is one whose hooks a
+            replay would skip, and silently where the images are not on a GPU or the steps too few
+            to pay for a recording (9). False: never. The first 3 steps at each batch size are
+            ordinary ones. Python code of the model and of a loss function does not run in a
+            replay: what it decides must be the same in each step. Costs the memory of a step until
+            the call ends; see ``keep_graphs`` for several calls. With ``early_stop`` batches
+            halve, rather than shrink by every finished image.
         autocast: torch.bfloat16 or torch.float16: the model runs under ``torch.autocast`` of that
             dtype, forward and backward; logits and loss are in float32. None: as the caller has
             set it. Parameters are cast at each step; a model that is itself of that dtype saves
@@ -96,7 +96,7 @@ class Attack:
         model_mode: str = "eval",
         generator: torch.Generator | None = None,
         progress: bool = False,
-        graph: bool | None = None,
+        graph: bool | None = False,
         autocast: torch.dtype | None = None,
     ) -> None:
         self.op = f"attacks.{type(self).__name__}"

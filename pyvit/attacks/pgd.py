@@ -75,7 +75,7 @@ class PGD(Attack):
         model_mode: str = "eval",
         generator: torch.Generator | None = None,
         progress: bool = False,
-        graph: bool | None = None,
+        graph: bool | None = False,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__(
