@@ -1,22 +1,27 @@
-// Convolution and its input gradient. Six ways, asked in this order (at the end of this file):
+// Convolution and its input gradient. Seven ways, asked in this order (at the end of this file),
+// but that 1×1 groups on planar images are offered to the planes first:
 //
 //   depth-wise  groups of very few channels share the lanes of a vector (conv2d_depthwise.cpp)
 //   small       few pixels and many channels: weights are multiplied where they lie
 //               (conv2d_small.cpp)
 //   scatter     input gradients of few channels from many (conv2d_scatter.cpp)
-//   planes      planar images to a few planar channels: pixels take the vector side, and are read
-//               where they lie (conv2d_planes.cpp)
+//   pixels      1×1 from a few channels to many, channels last (conv2d_pixels.cpp)
+//   planes      planar images to a few planar channels, or 1×1 from a few: pixels take the vector
+//               side, and are read where they lie (conv2d_planes.cpp)
 //   band        channels take the vector side of the micro-kernel, windows of a padded copy of
 //               the image the other (conv2d_band.cpp): nearly every layer
 //   planar      pixels take the vector side, and patches are packed as panels of a GEMM (below):
 //               1×1 layers on planar images, where packing is a copy, and what no other takes
 #include "conv2d.h"
 
+#include <algorithm>
+
 #include "conv2d_band.h"
 #include "conv2d_depthwise.h"
 #include "conv2d_gather.h"
 #include "conv2d_pixel_group.h"
 #include "conv2d_pixel_strips.h"
+#include "conv2d_pixels.h"
 #include "conv2d_planes.h"
 #include "conv2d_scatter.h"
 #include "conv2d_small.h"
@@ -132,9 +137,36 @@ void run_planar(const Gather<S>& gather) {
   });
 }
 
+// Where one phase alone has taps, as under a 1×1 kernel with a stride, zeros are written first, as
+// one run, and that phase over them. Planar pixels would be written one by one all the same.
+template <class S>
+void write_zeros_first(Phases<S>& phases, const Conv2dShape& shape, const View4& dx) {
+  const auto has_taps = [](const Gather<S>& phase) { return phase.source.patch_size() > 0; };
+  const auto only = std::find_if(phases.list.begin(), phases.list.end(), has_taps);
+  const int64_t row = shape.width * shape.in_channels;
+  if (phases.list.size() < 2 || only == phases.list.end() || dx.stride[1] != 1 ||
+      dx.stride[3] != shape.in_channels || std::any_of(only + 1, phases.list.end(), has_taps))
+    return;
+  parallel_for(shape.batch * shape.height, [&](int64_t i) {
+    S* to = static_cast<S*>(dx.data) + i / shape.height * dx.stride[0];
+    std::fill_n(to + i % shape.height * dx.stride[2], row, S{});
+  });
+  phases = {{*only}, {only->source.grid[0], only->source.grid[1]}, {1, 1}};
+}
+
+// Groups of a 1×1 layer on planar images, before a way that would copy them.
+template <class S>
+bool groups_in_place(Phases<S>& phases) {
+  if (phases.list.size() != 1 || phases.list[0].groups == 1 || !pixels_are_runs(phases.list[0]))
+    return false;
+  flatten_pointwise(phases);
+  return conv2d_planes(phases, true);
+}
+
 template <class S>
 void run(Phases<S>& phases, const int64_t kernel[2]) {
   flatten_pointwise(phases);
+  if (conv2d_pixels(phases)) return;
   if (conv2d_planes(phases)) return;
   const bool runs = phases.list.size() == 1 && pixels_are_runs(phases.list[0]);
   if (!runs && conv2d_band(phases, kernel)) return;
@@ -148,7 +180,7 @@ void conv2d(DType dtype, const Conv2dShape& shape, View4 x, View4 w, const void*
     auto phases = forward_phases<decltype(s)>(shape, x, w, bias, y);
     drop_idle_taps(phases);
     drop_skipped_pixels(phases);
-    if (conv2d_depthwise(phases, shape.kernel)) return;
+    if (groups_in_place(phases) || conv2d_depthwise(phases, shape.kernel)) return;
     if (conv2d_small(dtype, shape, x, w, bias, y)) return;
     run(phases, shape.kernel);
   });
@@ -158,7 +190,8 @@ void conv2d_input_grad(DType dtype, const Conv2dShape& shape, View4 dy, View4 w,
   dispatch(dtype, [&](auto s) {
     auto phases = input_grad_phases<decltype(s)>(shape, dy, w, dx);
     drop_idle_taps(phases);
-    if (conv2d_depthwise(phases, shape.kernel)) return;
+    write_zeros_first(phases, shape, dx);
+    if (groups_in_place(phases) || conv2d_depthwise(phases, shape.kernel)) return;
     if (conv2d_small_input_grad(dtype, shape, dy, w, dx)) return;
     if (scatter_is_cheaper(shape)) return conv2d_input_grad_scatter(dtype, shape, dy, w, dx);
     run(phases, shape.kernel);

@@ -1,10 +1,12 @@
 // Convolution (forward, or the input gradient at stride 1) of planar images to a few planar
-// channels, such as a segmentation's last layer or a filter of a grey image.
+// channels, such as a segmentation's last layer or a filter of a grey image; and 1×1 layers from a
+// few planar channels, however many groups of them there are.
 //
 // Pixels take the vector side. A task owns some rows of one image's result. It copies the rows
 // under them, a few source channels at a time, to a band with zeros beside the image; a box of
 // rows is then one line of pixels, of which every tap reads a shifted copy, and the pixels that
-// fall between two rows are summed in vain. A 1×1 layer reads the image itself.
+// fall between two rows are summed in vain. A 1×1 layer reads the image itself, and of few source
+// channels writes the result itself, some channels at a time.
 //
 // Sums run over chunks of source channels, and inside a chunk over (channel, row tap, column tap):
 // their order depends on the convolution's channels and kernel alone.
@@ -19,10 +21,14 @@
 namespace pyvit {
 namespace {
 
-constexpr int64_t kChunk = 64;                  // terms of a sum in registers, about
-constexpr int64_t kStreams = 16;                // planes of a 1×1 layer read from memory at a time
-constexpr int64_t kPlaneBandBytes = 128 << 10;  // of the copied image
+constexpr int64_t kChunk = 64;                   // terms of a sum in registers, about
+constexpr int64_t kStreams = 16;                 // planes of a 1×1 layer read from memory at a time
+constexpr int64_t kFewStreams = 2;               // that leave little to do but to write
+constexpr int64_t kPlanesInCache = 14 << 20;     // of a result; beyond, one stream is written best
+constexpr int64_t kLeastLine = 8;                // vectors of pixels that repay a task of their own
+constexpr int64_t kPlaneBandBytes = 128 << 10;   // of the copied image
 constexpr int64_t kPlaneSumBytes = 96 << 10;
+constexpr int64_t kPlaneSourceBytes = 24 << 10;  // of a 1×1 layer, read again for other channels
 constexpr int64_t kPlaneWeightBytes = 256 << 10;
 
 template <class S>
@@ -32,14 +38,15 @@ struct PlanePlan {
   const Gather<S>& g;
   int64_t K, chunk, first[2], span[2];  // of the taps' offsets
   bool pointwise;                       // the image is read in place
+  bool direct;                          // and the result written, but for less than a vector
+  int64_t together;                     // channels of the result
   int64_t rows, columns;                // of a box
   bool possible = false;
 
   explicit PlanePlan(const Phases<S>& phases) : g(phases.list[0]) {
     const PatchSource<S>& s = g.source;
     if (phases.list.size() > 1 || s.stride[3] != 1 || g.destination.stride[3] != 1 ||
-        s.step[0] != 1 || s.step[1] != 1 || g.destination.channels > PlaneTile<T>::channels ||
-        s.patch_size() == 0)
+        s.step[0] != 1 || s.step[1] != 1 || s.patch_size() == 0)
       return;
     for (int axis = 0; axis < 2; ++axis) {
       auto by_offset = [](const Tap& a, const Tap& b) { return a.offset < b.offset; };
@@ -53,11 +60,17 @@ struct PlanePlan {
     chunk = std::min(s.channels, std::max<int64_t>(1, taps == 1 ? kStreams : kChunk / taps));
     pointwise = std::is_same_v<S, T> && taps == 1 && first[0] == 0 && first[1] == 0 &&
                 s.grid[0] <= s.height && s.grid[1] <= s.width;
+    direct = pointwise && s.channels <= chunk && s.grid[1] >= kLeastLine * L;
+    const int64_t bytes = g.batch * g.groups * g.destination.channels * s.grid[0] * s.grid[1] *
+                          element;
+    together = bytes > kPlanesInCache && s.channels <= kFewStreams ? 1 : PlaneTile<T>::rows;
+    if (g.destination.channels > PlaneTile<T>::rows && !direct) return;
     // Between two rows lie as many pixels as the kernel spans.
     if (s.grid[1] < span[1] || K * g.destination.channels * element > kPlaneWeightBytes) return;
     columns = s.grid[1];
     rows = s.grid[0];
-    const int64_t most = kPlaneSumBytes / (g.destination.channels * element);
+    const int64_t most = direct ? kPlaneSourceBytes / (s.channels * element)
+                                : kPlaneSumBytes / (g.destination.channels * element);
     if (taps == 1) {
       columns = std::min(columns, round_up(most, L));
       rows = 1;
@@ -67,22 +80,27 @@ struct PlanePlan {
              (pointwise || chunk * (r + span[0]) * pitch() * element <= kPlaneBandBytes);
     };
     while (rows > 1 && !fits(rows)) rows = ceil_div(rows, 2);
-    while (rows > 4 && boxes() * g.batch * g.groups < 2 * thread_count()) rows = ceil_div(rows, 2);
+    while (rows > 4 && tasks() < 2 * thread_count()) rows = ceil_div(rows, 2);
+    while (taps == 1 && columns > 8 * L && tasks() < 2 * thread_count())
+      columns = round_up(ceil_div(columns, 2), L);
     possible = scratch_bytes() <= kScratchLimit;
   }
 
   int64_t pitch() const { return columns + span[1]; }
-  int64_t band_plane() const { return (rows + span[0]) * pitch(); }
-  int64_t tile() const { return PlaneTile<T>::vectors[g.destination.channels - 1] * L; }
-  int64_t band_elements() const { return chunk * band_plane() + tile(); }
-  int64_t sum_plane() const { return round_up(rows * pitch(), L); }
+  int64_t band_plane() const { return pointwise ? L : (rows + span[0]) * pitch(); }
+  int64_t band_elements() const {
+    return chunk * band_plane() + PlaneTile<T>::vectors[0] * L;  // of which the last is read whole
+  }
+  int64_t sum_plane() const { return direct ? L : round_up(rows * pitch(), L); }
   int64_t boxes_across() const { return ceil_div(g.source.grid[1], columns); }
   int64_t boxes() const { return ceil_div(g.source.grid[0], rows) * boxes_across(); }
+  int64_t tasks() const { return g.groups * g.batch * boxes(); }
   int64_t scratch_bytes() const {
     return Scratch::bytes_for<T>(K * g.destination.channels) +
            Scratch::bytes_for<int64_t>(chunk * K / g.source.channels) +
            Scratch::bytes_for<T>(band_elements()) +
-           Scratch::bytes_for<T>(g.destination.channels * sum_plane());
+           Scratch::bytes_for<T>(g.destination.channels * sum_plane()) +
+           Scratch::bytes_for<T>(g.destination.channels);
   }
 };
 
@@ -99,6 +117,7 @@ class PlaneWorker {
     offsets_ = scratch.take<int64_t>(plan.chunk * taps_);
     band_ = scratch.take<T>(plan.band_elements());
     sums_ = scratch.take<T>(outs_ * plan.sum_plane());
+    bias_ = scratch.take<T>(outs_);
   }
 
   void run(int64_t task) {
@@ -110,8 +129,9 @@ class PlaneWorker {
     rows_ = std::min(plan_.rows, g_.source.grid[0] - row_);
     const int64_t column = box % plan_.boxes_across() * plan_.columns;
     const int64_t columns = std::min(plan_.columns, g_.source.grid[1] - column);
-    // The last vector of a line is read whole, which only a copy allows.
-    const int64_t in_place = plan_.pointwise ? columns / L * L : 0;
+    // The last vector of a line is read whole, which only a copy allows, unless it may begin early.
+    int64_t in_place = plan_.pointwise ? columns / L * L : 0;
+    if (plan_.direct && in_place > 0) in_place = columns;
     if (in_place > 0) sum(column, in_place, true);
     if (in_place < columns) sum(column + in_place, columns - in_place, false);
   }
@@ -120,35 +140,57 @@ class PlaneWorker {
   void enter(int64_t group) {
     group_ = group;
     g_ = plan_.g.group(group);
+    std::fill_n(bias_, outs_, T(0));
+    if (g_.bias != nullptr) widen_run(bias_, g_.bias, outs_);
     T* to = weights_;
-    for (int64_t c = 0; c < g_.source.channels; ++c)
-      for (const Tap& i : g_.source.taps[0])
-        for (const Tap& j : g_.source.taps[1])
-          for (int64_t o = 0; o < outs_; ++o)
-            *to++ = widen(g_.weights.at(o, c, i.kernel, j.kernel));
+    for (int64_t first = 0; first < outs_; first += plan_.together)
+      for (int64_t c = 0; c < g_.source.channels; ++c)
+        for (const Tap& i : g_.source.taps[0])
+          for (const Tap& j : g_.source.taps[1])
+            for (int64_t o = first; o < first + block(first); ++o)
+              *to++ = widen(g_.weights.at(o, c, i.kernel, j.kernel));
   }
+  // Destination channels that are summed together, from the first of them.
+  int64_t block(int64_t first) const { return std::min(plan_.together, outs_ - first); }
 
   // The box's columns [column, column + columns).
   void sum(int64_t column, int64_t columns, bool in_place) {
     const PatchSource<S>& s = g_.source;
+    const Destination<S>& d = g_.destination;
     const int64_t pitch = columns + plan_.span[1], line = (rows_ - 1) * pitch + columns;
     const int64_t plane = (rows_ + plan_.span[0]) * pitch;
-    for (int64_t o = 0; o < outs_; ++o)
-      std::fill_n(sums_ + o * plan_.sum_plane(), round_up(line, L),
-                  g_.bias == nullptr ? T(0) : widen(g_.bias[o]));
+    const bool direct = in_place && plan_.direct;
     set_offsets(in_place ? s.stride[1] : plane, pitch);
+    typename PlaneTile<T>::Arguments tile;
+    tile.offsets = offsets_;
+    tile.w_pitch = 1;
+    tile.from_pitch = tile.c_pitch = direct ? d.stride[1] : plan_.sum_plane();
+    T* const to = direct ? reinterpret_cast<T*>(d.data) + image_ * d.stride[0] +
+                               row_ * d.stride[2] + column
+                         : sums_;
     for (int64_t c = 0; c < s.channels; c += plan_.chunk) {
       const int64_t count = std::min(plan_.chunk, s.channels - c);
-      const T* x = band_;
+      tile.x = band_;
       if (in_place) {
-        if constexpr (std::is_same_v<S, T>)
-          x = s.data + image_ * s.stride[0] + c * s.stride[1] + row_ * s.stride[2] + column;
+        tile.x = reinterpret_cast<const T*>(s.data) + image_ * s.stride[0] + c * s.stride[1] +
+                 row_ * s.stride[2] + column;
       } else {
         pack(c, count, column, pitch);
       }
-      multiply(x, weights_ + c * taps_ * outs_, count * taps_, line);
+      tile.length = count * taps_;
+      for (int64_t o = 0; o < outs_; o += plan_.together) {
+        tile.w = weights_ + o * plan_.K + c * taps_ * block(o);
+        tile.w_step = block(o);
+        tile.base = c == 0 ? bias_ + o : nullptr;
+        tile.from = tile.c = to + o * tile.c_pitch;
+        if (direct) {
+          run_plane_rows<T>(block(o), line, tile);
+        } else {
+          run_plane_kernel<T>(block(o), ceil_div(line, L), tile);
+        }
+      }
     }
-    store(column, columns, pitch);
+    if (!direct) store(column, columns, pitch);
   }
 
   void set_offsets(int64_t plane, int64_t pitch) {
@@ -175,22 +217,6 @@ class PlaneWorker {
     }
   }
 
-  void multiply(const T* x, const T* weights, int64_t length, int64_t line) const {
-    typename PlaneTile<T>::Arguments tile;
-    tile.offsets = offsets_;
-    tile.length = length;
-    tile.w = weights;
-    tile.c_pitch = plan_.sum_plane();
-    const int64_t vectors = ceil_div(line, L), most = PlaneTile<T>::vectors[outs_ - 1];
-    for (int64_t v = 0; v < vectors;) {
-      const int64_t parts = ceil_div(vectors - v, most), count = (vectors - v) / parts;
-      tile.x = x + v * L;
-      tile.c = sums_ + v * L;
-      run_plane_kernel<T>(outs_, count, tile);
-      v += count;
-    }
-  }
-
   void store(int64_t column, int64_t columns, int64_t pitch) const {
     const Destination<S>& d = g_.destination;
     for (int64_t o = 0; o < outs_; ++o) {
@@ -203,7 +229,7 @@ class PlaneWorker {
   const PlanePlan<S>& plan_;
   const int64_t outs_, taps_;
   Gather<S> g_;
-  T *weights_, *band_, *sums_;
+  T *weights_, *band_, *sums_, *bias_;
   int64_t* offsets_;
   int64_t group_ = -1, image_ = 0, row_ = 0, rows_ = 0;
 };
@@ -211,19 +237,19 @@ class PlaneWorker {
 }  // namespace
 
 template <class S>
-bool conv2d_planes(const Phases<S>& phases) {
+bool conv2d_planes(const Phases<S>& phases, bool only_in_place) {
   const PlanePlan<S> plan(phases);
-  if (!plan.possible) return false;
-  parallel_ranges(plan.g.groups * plan.g.batch * plan.boxes(), [&](int64_t begin, int64_t end) {
+  if (!plan.possible || (only_in_place && !plan.direct)) return false;
+  parallel_ranges(plan.tasks(), [&](int64_t begin, int64_t end) {
     PlaneWorker<S> worker(plan);
     for (int64_t task = begin; task < end; ++task) worker.run(task);
   });
   return true;
 }
 
-template bool conv2d_planes(const Phases<double>&);
-template bool conv2d_planes(const Phases<float>&);
-template bool conv2d_planes(const Phases<bfloat16>&);
-template bool conv2d_planes(const Phases<float16>&);
+template bool conv2d_planes(const Phases<double>&, bool);
+template bool conv2d_planes(const Phases<float>&, bool);
+template bool conv2d_planes(const Phases<bfloat16>&, bool);
+template bool conv2d_planes(const Phases<float16>&, bool);
 
 }  // namespace pyvit
