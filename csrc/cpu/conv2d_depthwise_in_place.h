@@ -37,9 +37,8 @@ class LanesInPlace {
     T* kernels = scratch.take<T>(plan.kernel_elements());
     bias_ = scratch.take<T>(plan.blocks * L);
     for (int64_t b = 0; b < plan.blocks; ++b) {
-      const LaneBlock<T> block = plan.block(b);
-      first_.push_back(block.first);
-      std::copy_n(block.place, L, place_);
+      blocks_.push_back(plan.block(b));
+      const LaneBlock<T>& block = blocks_.back();
       weights_.pack(panel_ + b * plan.panel_elements(), kernels, block);
       if (plan.any().bias == nullptr) {
         std::fill(bias_ + b * L, bias_ + (b + 1) * L, T(0));
@@ -141,7 +140,7 @@ class LanesInPlace {
     typename LaneTile<T>::Arguments tile;
     tile.pitch = along.step * part.stride[axis];
     tile.from = plan_.from();
-    tile.sources = plan_.all_sources(), tile.lanes = plan_.channels, tile.place = place_;
+    tile.lanes = std::min(L, plan_.channels);
     tile.slots = plan_.slots;
     tile.slot_stride = 0;
     tile.weight_slot_stride = part.rows.count * part.columns.count * L;
@@ -167,8 +166,10 @@ class LanesInPlace {
       const T* a = window(part, row, column, tap_rows.begin, tap_columns.begin);
       T* c = part.to + row * part.to_stride[0] + column * part.to_stride[1];
       for (int64_t b = 0; b < plan_.blocks; ++b) {
-        tile.a = a + first_[b] / plan_.per_group;
-        tile.c = c + first_[b];
+        const LaneBlock<T>& block = blocks_[b];
+        tile.a = a + block.source;
+        tile.sources = block.sources, tile.place = block.place;
+        tile.c = c + block.first;
         tile.base = bias_ + b * L;
         tile.weights = part.weights + b * plan_.panel_elements() + weight;
         if (fetches_ && plan_.phases.list.size() > 1)
@@ -201,8 +202,8 @@ class LanesInPlace {
         const T* a = window(part, r, c, 0, 0);
         T* to = part.to + r * part.to_stride[0] + c * part.to_stride[1];
         for (int64_t b = 0; b < plan_.blocks; ++b) {
-          patch.a = a + first_[b];
-          patch.c = to + first_[b];
+          patch.a = a + blocks_[b].first;
+          patch.c = to + blocks_[b].first;
           patch.base = bias_ + b * L;
           patch.weights = part.weights + b * plan_.panel_elements();
           if (fetches_)
@@ -231,8 +232,7 @@ class LanesInPlace {
   const LaneWeights<T> weights_;
   bool fetches_;  // ahead: the images are too large to be in a cache
   T *panel_, *bias_;
-  int32_t place_[L];              // where there is one block
-  std::vector<int64_t> first_;    // channel of each block
+  std::vector<LaneBlock<T>> blocks_;
   std::vector<Columns> columns_;  // of each phase
 };
 

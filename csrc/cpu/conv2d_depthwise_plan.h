@@ -21,6 +21,7 @@ constexpr int64_t kColumnsOfSpan = 6;  // columns of a layer in place for each t
 // Products of a destination pixel of few channels, in place, for each source pixel; and where no
 // pixel's channels need spreading.
 constexpr int64_t kMostFewProducts = 64, kMostFewTaps = 16;
+constexpr int64_t kMostFewSlots = 4;  // of a 1×1 layer, in place
 constexpr int64_t kRowsOfSpan = 4;  // rows of a box for each row that its neighbour repeats
 
 // The taps of one phase on one axis, in ascending order of their offsets, which are equally spaced.
@@ -120,6 +121,7 @@ struct LanePlan {
 
  private:
   bool few_channels() const;
+  bool few_pointwise() const;
   void plan_axis(LaneAxis& axis, int index);
   void plan_boxes();
   bool few_pay() const;
@@ -153,12 +155,29 @@ bool LanePlan<S>::few_channels() const {
       std::min(any().groups, L / per_group + (L % per_group == 0 ? 0 : 2));
   const int64_t sources = groups_of_block * slots;  // of a vector of lanes
   const int64_t most_pairs = sources <= L ? std::max(kMostPairs, L) : kMostPairs;
+  if (few_pointwise()) return true;
   return any().groups > 1 && 2 * per_group <= L &&
          (std::min(channels, all_sources()) >= L / 4 || phases.list.size() > 1 ||
           (kHasFewLanes<S> && slots * per_group <= 4 && any().source.stride[1] == 1 &&
            any().destination.stride[1] == 1)) &&
          sources <= kMostLaneSources * L &&
          slots * per_group <= most_pairs * phases.stride[0] * phases.stride[1];
+}
+
+// Whether this is a 1×1 layer that reads, for each vector of the result, at most a vector: each is
+// read for few products, so that bringing them to their lanes in place is all there is to do.
+template <class S>
+bool LanePlan<S>::few_pointwise() const {
+  const int64_t panels = blocks * slots * L * static_cast<int64_t>(sizeof(T));
+  if (!kHasFewLanes<S> || kernel_taps > 1 || any().groups == 1 || per_group >= L ||
+      slots > kMostFewSlots || from() != LaneSource::few || any().source.stride[1] != 1 ||
+      any().destination.stride[1] != 1 || panels > kLanePanelBytes)
+    return false;
+  for (int64_t at = 0; at < channels; at += L) {
+    const int64_t first = std::max<int64_t>(0, std::min(at, channels - L));
+    if (LaneBlock<T>(first, channels, per_group, slots).sources > L) return false;
+  }
+  return true;
 }
 
 template <class S>
@@ -186,6 +205,7 @@ template <class S>
 bool LanePlan<S>::few_pay() const {
   const int64_t phases_taken = phases.list.size() * rows.step * columns.step;
   const int64_t most = per_group * slots > 1 ? kMostFewProducts : kMostFewTaps;
+  if (few_pointwise()) return true;
   return kHasFewLanes<T> && channels <= L && all_sources() <= L &&
          slots * taps_in_all <= most * phases_taken;
 }
