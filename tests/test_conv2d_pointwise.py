@@ -25,6 +25,10 @@ SHAPES = {
     "last-box-of-five": (1, 1, 43, 143, 6, 1, 1, 0, 1, 1),
     "beyond-the-cache": (1, 2, 61, 63, 1003, 1, 1, 0, 1, 1),
     "strided": (2, 5, 15, 17, 50, 1, 2, 0, 1, 1),
+    "strided-lines": (2, 5, 21, 24, 50, 1, 2, 0, 1, 1),
+    "strided-boxes": (1, 2, 150, 170, 7, 1, 2, 0, 1, 1),
+    "strided-narrow": (2, 3, 97, 5, 9, 1, (1, 2), 0, 1, 1),
+    "padded": (2, 3, 10, 13, 40, 1, 1, 1, 1, 1),
     "strided-padded": (2, 24, 11, 13, 36, 1, (3, 2), (1, 0), 1, 1),
     "one-column": (2, 4, 40, 1, 35, 1, 2, 0, 1, 1),
     "groups-of-many": (2, 8, 9, 11, 80, 1, 1, 0, 1, 2),
@@ -58,7 +62,8 @@ def test_gradient_of_the_other_direction(shape, memory_format):
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
-    "shape", ["few-to-many", "strided", "groups-of-many", "groups-to-few", "groups-of-two-to-six"]
+    "shape",
+    ["few-to-many", "strided-lines", "groups-of-many", "groups-to-few", "groups-of-two-to-six"],
 )
 def test_slices_of_larger_tensors(shape, memory_format):
     check_slices(SHAPES[shape], FORMATS[memory_format])
@@ -74,7 +79,7 @@ def test_repeatable_and_batch_invariant(shape, memory_format):
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
-    "shape", ["few-to-many", "groups-of-many", "groups-to-few", "groups-of-two-to-six"]
+    "shape", ["few-to-many", "strided-lines", "padded", "groups-of-many", "groups-to-few"]
 )
 def test_what_is_not_finite_reaches_only_its_readers(shape, memory_format):
     batch, channels, height, width, out, kernel, *geometry = SHAPES[shape]

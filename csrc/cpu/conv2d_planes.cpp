@@ -5,8 +5,8 @@
 // Pixels take the vector side. A task owns some rows of one image's result. It copies the rows
 // under them, a few source channels at a time, to a band with zeros beside the image; a box of
 // rows is then one line of pixels, of which every tap reads a shifted copy, and the pixels that
-// fall between two rows are summed in vain. A 1×1 layer reads the image itself, and of few source
-// channels writes the result itself, some channels at a time.
+// fall between two rows are summed in vain. A 1×1 layer reads the image itself, but where a stride
+// sets pixels apart, and of few source channels writes the result itself, some channels at a time.
 //
 // Sums run over chunks of source channels, and inside a chunk over (channel, row tap, column tap):
 // their order depends on the convolution's channels and kernel alone.
@@ -23,9 +23,10 @@ namespace {
 
 constexpr int64_t kChunk = 64;                   // terms of a sum in registers, about
 constexpr int64_t kStreams = 16;                 // planes of a 1×1 layer read from memory at a time
+constexpr int64_t kStreamsApart = 8;             // whose pixels must be brought together first
 constexpr int64_t kFewStreams = 2;               // that leave little to do but to write
 constexpr int64_t kPlanesInCache = 14 << 20;     // of a result; beyond, one stream is written best
-constexpr int64_t kLeastLine = 8;                // vectors of pixels that repay a task of their own
+constexpr int64_t kLeastLine = 6;                // vectors of pixels that repay a task of their own
 constexpr int64_t kPlaneBandBytes = 128 << 10;   // of the copied image
 constexpr int64_t kPlaneSumBytes = 96 << 10;
 constexpr int64_t kPlaneSourceBytes = 24 << 10;  // of a 1×1 layer, read again for other channels
@@ -38,15 +39,16 @@ struct PlanePlan {
   const Gather<S>& g;
   int64_t K, chunk, first[2], span[2];  // of the taps' offsets
   bool pointwise;                       // the image is read in place
-  bool direct;                          // and the result written, but for less than a vector
+  bool direct;                          // the result is written so, but for less than a vector
   int64_t together;                     // channels of the result
   int64_t rows, columns;                // of a box
   bool possible = false;
 
   explicit PlanePlan(const Phases<S>& phases) : g(phases.list[0]) {
     const PatchSource<S>& s = g.source;
-    if (phases.list.size() > 1 || s.stride[3] != 1 || g.destination.stride[3] != 1 ||
-        s.step[0] != 1 || s.step[1] != 1 || s.patch_size() == 0)
+    const bool apart = s.stride[3] != 1;  // pixels, as under a 1×1 kernel with a stride
+    if (phases.list.size() > 1 || g.destination.stride[3] != 1 || s.step[0] != 1 ||
+        s.step[1] != 1 || s.patch_size() == 0)
       return;
     for (int axis = 0; axis < 2; ++axis) {
       auto by_offset = [](const Tap& a, const Tap& b) { return a.offset < b.offset; };
@@ -59,8 +61,11 @@ struct PlanePlan {
     K = s.patch_size();
     chunk = std::min(s.channels, std::max<int64_t>(1, taps == 1 ? kStreams : kChunk / taps));
     pointwise = std::is_same_v<S, T> && taps == 1 && first[0] == 0 && first[1] == 0 &&
-                s.grid[0] <= s.height && s.grid[1] <= s.width;
-    direct = pointwise && s.channels <= chunk && s.grid[1] >= kLeastLine * L;
+                s.grid[0] <= s.height && s.grid[1] <= s.width && !apart;
+    const bool rows_joined = !pointwise && g.destination.stride[2] == s.grid[1];
+    direct = std::is_same_v<S, T> && taps == 1 && s.channels <= chunk &&
+             (rows_joined ? s.grid[0] : 1) * s.grid[1] >= kLeastLine * L;
+    if (apart && (!direct || s.channels > kStreamsApart)) return;
     const int64_t bytes = g.batch * g.groups * g.destination.channels * s.grid[0] * s.grid[1] *
                           element;
     together = bytes > kPlanesInCache && s.channels <= kFewStreams ? 1 : PlaneTile<T>::rows;
@@ -73,7 +78,7 @@ struct PlanePlan {
                                 : kPlaneSumBytes / (g.destination.channels * element);
     if (taps == 1) {
       columns = std::min(columns, round_up(most, L));
-      rows = 1;
+      if (!direct || !rows_joined || columns < s.grid[1]) rows = 1;
     }
     auto fits = [&](int64_t r) {
       return r * pitch() <= most &&
@@ -159,7 +164,7 @@ class PlaneWorker {
     const Destination<S>& d = g_.destination;
     const int64_t pitch = columns + plan_.span[1], line = (rows_ - 1) * pitch + columns;
     const int64_t plane = (rows_ + plan_.span[0]) * pitch;
-    const bool direct = in_place && plan_.direct;
+    const bool direct = plan_.direct && line >= L;
     set_offsets(in_place ? s.stride[1] : plane, pitch);
     typename PlaneTile<T>::Arguments tile;
     tile.offsets = offsets_;
@@ -211,7 +216,8 @@ class PlaneWorker {
         if (h < 0 || h >= s.height) {
           std::fill_n(to, pitch, T(0));
         } else {
-          copy_clipped(to, image + h * s.stride[2], column + plan_.first[1], 1, 1, s.width, pitch);
+          copy_clipped(to, image + h * s.stride[2], column + plan_.first[1], 1, s.stride[3],
+                       s.width, pitch);
         }
       }
     }
