@@ -1,5 +1,5 @@
-"""conv2d with 1×1 kernels of few channels or of groups, which reads and writes images where they
-lie."""
+"""conv2d with 1×1 kernels of few channels, of groups or on few pixels, which reads and writes
+images where they lie or as channels last."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ SHAPES = {
     "padded": (2, 3, 10, 13, 40, 1, 1, 1, 1, 1),
     "strided-padded": (2, 24, 11, 13, 36, 1, (3, 2), (1, 0), 1, 1),
     "one-column": (2, 4, 40, 1, 35, 1, 2, 0, 1, 1),
+    "one-pixel": (5, 200, 1, 1, 36, 1, 1, 0, 1, 1),
+    "one-pixel-of-groups": (3, 96, 1, 1, 48, 1, 1, 0, 1, 4),
+    "few-pixels": (3, 130, 3, 4, 70, 1, 1, 0, 1, 1),
     "groups-of-many": (2, 8, 9, 11, 80, 1, 1, 0, 1, 2),
     "groups-to-few": (2, 12, 9, 17, 8, 1, 1, 0, 1, 4),
     "groups-to-one": (2, 96, 12, 13, 16, 1, 1, 0, 1, 16),

@@ -163,19 +163,32 @@ bool groups_in_place(Phases<S>& phases) {
   return conv2d_planes(phases, true);
 }
 
+constexpr int64_t kShortestRun = 16;
+
 template <class S>
 void run(Phases<S>& phases, const int64_t kernel[2]) {
   flatten_pointwise(phases);
   if (conv2d_pixels(phases)) return;
   if (conv2d_planes(phases)) return;
-  const bool runs = phases.list.size() == 1 && pixels_are_runs(phases.list[0]);
+  // Runs of a few pixels are no help: the band turns them as it copies.
+  const bool runs = phases.list.size() == 1 && pixels_are_runs(phases.list[0]) &&
+                    phases.list[0].source.pixels_per_image() >= kShortestRun;
   if (!runs && conv2d_band(phases, kernel)) return;
   for (const Gather<S>& phase : phases.list) run_planar(phase);
+}
+
+// An image of one pixel, channels side by side, is of both layouts, and channels last is the quicker
+// one to read and write: strides that nothing follows are made to say so.
+void tell_layout(View4& image, int64_t channels, int64_t height, int64_t width) {
+  if (height * width != 1 || image.stride[1] != 1) return;
+  image.stride[2] = image.stride[3] = channels;
 }
 
 }  // namespace
 
 void conv2d(DType dtype, const Conv2dShape& shape, View4 x, View4 w, const void* bias, View4 y) {
+  tell_layout(x, shape.in_channels, shape.height, shape.width);
+  tell_layout(y, shape.out_channels, shape.out_height, shape.out_width);
   dispatch(dtype, [&](auto s) {
     auto phases = forward_phases<decltype(s)>(shape, x, w, bias, y);
     drop_idle_taps(phases);
@@ -187,6 +200,8 @@ void conv2d(DType dtype, const Conv2dShape& shape, View4 x, View4 w, const void*
 }
 
 void conv2d_input_grad(DType dtype, const Conv2dShape& shape, View4 dy, View4 w, View4 dx) {
+  tell_layout(dy, shape.out_channels, shape.out_height, shape.out_width);
+  tell_layout(dx, shape.in_channels, shape.height, shape.width);
   dispatch(dtype, [&](auto s) {
     auto phases = input_grad_phases<decltype(s)>(shape, dy, w, dx);
     drop_idle_taps(phases);
