@@ -3,6 +3,7 @@
 #
 #   PYTHON       the interpreter that .venv is made with
 #   TORCH        what is installed where PYTHON has no torch that is new enough
+#   TRITON       for make aot: a version of Triton that is not the one in .venv
 #   TORCH_INDEX  package index to take it from. On Linux the common index has a torch of several
 #                gigabytes, with CUDA; PyTorch's own index has one for the CPU (pytorch.org,
 #                "Get started", Compute platform: CPU, shows its address).
@@ -10,6 +11,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+TRITON ?=
 VENV ?= .venv
 ARGS ?=
 
@@ -18,11 +20,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 NEW_ENOUGH := import torch; v = torch.__version__.split("+")[0].split(".")[:2]; \
 	raise SystemExit(tuple(map(int, v)) < (2, 11))
+READY_FOR_GPU := import pytest, torch, triton; \
+	raise SystemExit(None if torch.cuda.is_available() else "torch finds no GPU on this machine")
 OPS := unfold conv2d linear patch_embed topk_attention attention_with_penalty projected_step
 SANITIZED := build/sanitize/lib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench scaling lint asan wheel gpu clean
+.PHONY: help demo test bench scaling lint asan aot wheel gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -47,30 +51,38 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 # Built into a folder of its own, which stands before the checkout on the path (the pytest script,
 # unlike python -m pytest, leaves the working directory off it). Compilers started by torch.compile
-# are slow under sanitizers: those tests stay out.
+# are slow under sanitizers, and Triton's interpreter has nothing to do with what was built: those
+# tests stay out.
 asan: $(VENV)/.dev ## op tests under address and undefined-behaviour sanitizers (OPS="conv2d")
 	PYVIT_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"; \
 	cd tests && \
 	../$(BIN)/python -c 'import pyvit._C as c; assert c.build_info()["sanitized"], c.__file__' && \
-	../$(BIN)/pytest -p no:cacheprovider $(OPS:%=test_%*.py) -k "not compile"
+	../$(BIN)/pytest -p no:cacheprovider $(OPS:%=test_%*.py) -k "not compile and not triton"
+
+# Another version than .venv's is compiled with from a folder of its own, first on the path.
+aot: $(VENV)/.dev ## the Triton kernels compiled for sm_80 and sm_90, no GPU needed (TRITON=3.6.0)
+	@[ -z "$(TRITON)" ] || [ -d build/triton-$(TRITON) ] || \
+	    $(PIP) install --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=$(if $(TRITON),build/triton-$(TRITON):)$${PYTHONPATH-} \
+	    $(BIN)/python benchmarks/aot.py --json build/aot.json $(ARGS)
 
 wheel: $(VENV)/.torch ## a wheel in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-# A machine with a GPU often has a processor that no other test machine has, AVX-512 among its
-# instructions: so what runs on the processor is tested and measured there too.
-gpu: $(VENV)/.dev ## everything on a machine with a GPU: tests, then benchmarks to gpu.json and gpu.png
-	@$(BIN)/python -m pyvit info
-	@echo "This version has no GPU kernels: these are the CPU's tests and benchmarks."
-	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pyvit bench --seconds 0.3 --json gpu.json --plot gpu.png $(ARGS)
+# With PYTHON itself where it has a torch that finds the GPU: nothing is installed then. A machine
+# with a GPU often has a processor that no other test machine has: its kernels are tested too.
+gpu: ## everything on a machine with a GPU, in ten minutes; results in gpu-results/ (or $OUT)
+	@if $(PYTHON) -c '$(READY_FOR_GPU)' 2>/dev/null; \
+	then $(PYTHON) benchmarks/on_gpu.py $(ARGS); \
+	else $(MAKE) $(VENV)/.dev && $(BIN)/python -c '$(READY_FOR_GPU)' && \
+	    $(BIN)/python benchmarks/on_gpu.py $(ARGS); fi
 
 clean: ## remove what the other targets made, .venv too
 	rm -rf $(VENV) build dist pyvit.egg-info pyvit/*.so demo.png bench.json bench.png \
-	    scaling.json scaling.png gpu.json gpu.png
+	    scaling.json scaling.png gpu-results
 
 # A torch that PYTHON already has is used, not installed again.
 $(VENV)/.torch:

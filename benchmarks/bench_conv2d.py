@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Options, Row, against_truth, run_under_pytest
+from harness import Case, Options, Row, against_truth, generator, run_under_pytest
 from torch import Tensor
 
 import pyvit
@@ -78,35 +78,46 @@ OTHER_LAYERS = [
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 GROUPS = ("forward", "backward", "input gradient")
 OTHER = ", groups and dilation"  # after the group's name
+GPU_BATCH = 256
 
 
 def cases(options: Options) -> list[Case]:
-    def rows(title: str, layers: list[Layer], make) -> list[Case]:
+    def rows(title: str, layers: list[Layer], layouts, make) -> list[Case]:
+        if options.gpu_rows:
+            layers = [replace(layer, batch=GPU_BATCH) for layer in layers]
         if options.quick:
             layers = [replace(layer, batch=1) for layer in layers]
         return [
             Case("conv2d", title, f"{layer}, {layout}", partial(make, layer=layer, layout=layout))
             for layer in layers
-            for layout in LAYOUTS
+            for layout in layouts
         ]
 
     found = []
     for group in GROUPS:
-        make = partial(build, group, options=options)
-        found += rows(group, LAYERS, make) + rows(group + OTHER, OTHER_LAYERS, make)
-    for group in ("forward", "input gradient"):
-        found += rows(f"{group}, bfloat16", LAYERS, partial(build_bfloat16, group))
+        single = partial(build, group, torch.float32, options)
+        half = partial(build, group, torch.bfloat16, options)
+        if options.gpu_rows:
+            found += rows(f"{group}, bfloat16", LAYERS, LAYOUTS, half)
+            found += rows(group, LAYERS[:3], ["channels_last"], single)
+            found += rows(f"{group}, bfloat16{OTHER}", OTHER_LAYERS, ["channels_last"], half)
+        else:
+            found += rows(group, LAYERS, LAYOUTS, single)
+            found += rows(group + OTHER, OTHER_LAYERS, LAYOUTS, single)
+    if not options.gpu_rows:
+        for group in ("forward", "input gradient"):
+            found += rows(f"{group}, bfloat16", LAYERS, LAYOUTS, partial(build_widened, group))
     return found
 
 
 def _arguments(layer: Layer, memory_format, wants_x: bool, wants_weight: bool):
     """x, weight, bias; the same values whatever the layout."""
-    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator(0))
     fan_in = layer.channels // layer.groups * layer.kernel**2
-    x = torch.randn(layer.batch, layer.channels, layer.size, layer.size, generator=generator)
+    x = draw(layer.batch, layer.channels, layer.size, layer.size)
     size = (layer.out_channels, layer.channels // layer.groups, layer.kernel, layer.kernel)
-    weight = torch.randn(size, generator=generator) / fan_in**0.5
-    bias = torch.randn(layer.out_channels, generator=generator)
+    weight = draw(size) / fan_in**0.5
+    bias = draw(layer.out_channels)
     x = x.contiguous(memory_format=memory_format).requires_grad_(wants_x)
     weight = weight.contiguous(memory_format=memory_format).requires_grad_(wants_weight)
     return x, weight, bias.requires_grad_(wants_weight)
@@ -134,7 +145,7 @@ def _work(
         return forward
     wanted = [t for t in (x, weight, bias) if t.requires_grad]
     y = forward()
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(y.shape, generator=generator(1))
     grad = grad.to(rounded).to(dtype).contiguous(memory_format=memory_format)
     return lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)
 
@@ -154,16 +165,16 @@ def _bytes(group: str, layer: Layer, itemsize: int = 4) -> float:
     )
 
 
-def build(group: str, layer: Layer, layout: str, options: Options) -> Row:
+def build(group: str, dtype: torch.dtype, options: Options, layer: Layer, layout: str) -> Row:
     given = LAYOUTS[layout]
     other = next(value for value in LAYOUTS.values() if value is not given)
-    work = partial(_work, group, layer=layer)
+    work = partial(_work, group, layer=layer, dtype=dtype, rounded=dtype)
     peers = {
         "F.conv2d": work(F.conv2d, memory_format=given),
         "F.conv2d, other layout": work(F.conv2d, memory_format=other),
         "F.unfold": work(unfold_conv2d, memory_format=given),
     }
-    if options.compile:
+    if options.compile and not options.gpu_rows:  # there Inductor calls what F.conv2d calls
         peers["compiled F.conv2d"] = work(torch.compile(F.conv2d), memory_format=given)
 
     def truth() -> Tensor | tuple[Tensor, ...]:
@@ -173,13 +184,14 @@ def build(group: str, layer: Layer, layout: str, options: Options) -> Row:
         ours=work(pyvit.conv2d, memory_format=given),
         peers=peers,
         flops=layer.flops * (2 if group == "backward" else 1),
-        bytes=_bytes(group, layer),
+        bytes=_bytes(group, layer, dtype.itemsize),
         # Gradients sum over more terms than the forward pass: the tests' factor for them is 3.
         check=against_truth(truth, factor=2.0 if group == "forward" else 3.0),
+        dtype=dtype,
     )
 
 
-def build_bfloat16(group: str, layer: Layer, layout: str) -> Row:
+def build_widened(group: str, layer: Layer, layout: str) -> Row:
     """Against torch's bfloat16, and against our own float32 (1x: widening costs nothing)."""
     work = partial(_work, group, layer=layer, memory_format=LAYOUTS[layout], rounded=torch.bfloat16)
     return Row(

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Options, Row, against_truth, run_under_pytest
+from harness import Case, Options, Row, against_truth, generator, run_under_pytest
 
 import pyvit
 
@@ -23,28 +23,42 @@ SIZES = [
     (TOKENS, 3072, 768),
     (8, 768, 1000),
 ]
+GPU_SIZES = [(rows * 8, inputs, outputs) for rows, inputs, outputs in SIZES[4:]]
 GROUPS = ("forward", "backward", "input gradient")
 
 
 def cases(options: Options) -> list[Case]:
-    sizes = [(min(rows, 197), i, o) for rows, i, o in SIZES] if options.quick else SIZES
+    sizes = GPU_SIZES if options.gpu_rows else SIZES
+    dtypes = [torch.bfloat16, torch.float32] if options.gpu_rows else [torch.float32]
+    if options.quick:
+        sizes = [(min(rows, 197), inputs, outputs) for rows, inputs, outputs in sizes]
     return [
-        Case("linear", group, f"{rows}x{inputs} to {outputs}", partial(build, group, size))
+        Case("linear", _title(group, dtype), _name(size), partial(build, group, size, dtype))
+        for dtype in dtypes
         for group in GROUPS
         for size in sizes
-        for rows, inputs, outputs in [size]
     ]
 
 
-def _work(group: str, linear, size: tuple[int, int, int], dtype=torch.float32):
-    """A callable that does the group's work with ``linear`` alone: backward excludes forward."""
+def _title(group: str, dtype: torch.dtype) -> str:
+    return group if dtype is torch.float32 else f"{group}, {dtype}".replace("torch.", "")
+
+
+def _name(size: tuple[int, int, int]) -> str:
     rows, inputs, outputs = size
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias, grad = (
-        torch.randn(shape, generator=generator)
-        for shape in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
-    )
-    x, weight, bias, grad = (t.to(dtype) for t in (x, weight / inputs**0.5, bias, grad))
+    return f"{rows}x{inputs} to {outputs}"
+
+
+def _work(group: str, linear, size: tuple[int, int, int], dtype, rounded=None):
+    """A callable that does the group's work with ``linear`` alone: backward excludes forward.
+
+    Its arguments are of ``dtype``, with values that ``rounded`` has too.
+    """
+    rows, inputs, outputs = size
+    draw = partial(torch.randn, generator=generator(0))
+    x, weight, bias, grad = map(draw, ((rows, inputs), (outputs, inputs), outputs, (rows, outputs)))
+    tensors = (x, weight / inputs**0.5, bias, grad)
+    x, weight, bias, grad = (t.to(rounded or dtype).to(dtype) for t in tensors)
     if group == "forward":
         return lambda: linear(x, weight, bias)
     wanted = [x] if group == "input gradient" else [x, weight, bias]
@@ -54,19 +68,21 @@ def _work(group: str, linear, size: tuple[int, int, int], dtype=torch.float32):
     return lambda: torch.autograd.grad(y, wanted, grad, retain_graph=True)
 
 
-def build(group: str, size: tuple[int, int, int]) -> Row:
+def build(group: str, size: tuple[int, int, int], dtype: torch.dtype) -> Row:
     rows, inputs, outputs = size
     x, weight, y = rows * inputs, inputs * outputs, rows * outputs
     numbers = x + weight + y if group != "backward" else 2 * x + 2 * weight + y
     work = partial(_work, group, size=size)
     return Row(
-        ours=work(pyvit.linear),
-        peers={"F.linear": work(F.linear)},
+        ours=work(pyvit.linear, dtype=dtype),
+        peers={"F.linear": work(F.linear, dtype=dtype)},
         flops=2.0 * rows * weight * (2 if group == "backward" else 1),
-        bytes=4.0 * numbers,
+        bytes=float(dtype.itemsize * numbers),
         check=against_truth(
-            lambda: work(F.linear, dtype=torch.float64)(), 2.0 if group == "forward" else 3.0
+            lambda: work(F.linear, dtype=torch.float64, rounded=dtype)(),
+            2.0 if group == "forward" else 3.0,
         ),
+        dtype=dtype,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from harness import Case, Options, Row, against_truth, run_under_pytest
+from harness import Case, Options, Row, against_truth, generator, run_under_pytest
 from torch import Tensor
 
 import pyvit
@@ -45,13 +45,21 @@ EMBEDDINGS = [
     Embedding("ViT-B", 1, 224, 16, 768),
     Embedding("ViT-B", 8, 224, 16, 768, torch.bfloat16),
 ]
+GPU_EMBEDDINGS = [
+    Embedding("ViT-B", 256, 224, 16, 768, torch.bfloat16),
+    Embedding("ViT-H", 64, 224, 14, 1280, torch.bfloat16),
+    Embedding("ViT-Ti", 1024, 32, 4, 192, torch.bfloat16),
+    Embedding("ViT-B", 256, 224, 16, 768),
+]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 GROUPS = ("forward", "backward", "image gradient")
 BYTES = "uint8"  # images as a decoder gives them; in the forward group alone
 
 
 def cases(options: Options) -> list[Case]:
-    embeddings = [replace(e, batch=1) for e in EMBEDDINGS] if options.quick else EMBEDDINGS
+    embeddings = GPU_EMBEDDINGS if options.gpu_rows else EMBEDDINGS
+    if options.quick:
+        embeddings = [replace(e, batch=1) for e in embeddings]
     return [
         Case("patch_embed", group, f"{e}, {kind}", partial(build, group, e, kind, options))
         for group in GROUPS
@@ -62,9 +70,9 @@ def cases(options: Options) -> list[Case]:
 
 def _arguments(e: Embedding, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every argument of the function; the same values whatever the layout."""
-    generator = torch.Generator().manual_seed(0)
-    draw = partial(torch.randn, generator=generator)
-    image = torch.rand(e.batch, 3, e.size, e.size, generator=generator)
+    numbers = generator(0)
+    draw = partial(torch.randn, generator=numbers)
+    image = torch.rand(e.batch, 3, e.size, e.size, generator=numbers)
     floats = {
         "weight": draw(e.dim, 3, e.patch, e.patch) / (3 * e.patch**2) ** 0.5,
         "bias": draw(e.dim),
@@ -96,7 +104,7 @@ def _work(group: str, embed, e: Embedding, kind: str, dtype: torch.dtype | None 
     if group == "forward":
         return forward
     tokens = forward()
-    grad = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(tokens.shape, generator=generator(1))
     grad = grad.to(e.dtype).to(tokens.dtype)
     return lambda: torch.autograd.grad(tokens, wanted, grad, retain_graph=True)
 
@@ -122,7 +130,9 @@ def build(group: str, e: Embedding, kind: str, options: Options) -> Row:
     if kind != BYTES:
         other = next(layout for layout in LAYOUTS if layout != kind)
         peers["eager chain, other layout"] = work(chain, kind=other)
-    if e.dtype is torch.bfloat16:  # the same values; 1x: widening costs nothing
+    if (
+        e.dtype is torch.bfloat16 and not options.gpu_rows
+    ):  # the same values; 1x: widening costs nothing
         peers["our float32"] = work(pyvit.patch_embed, kind=kind, dtype=torch.float32)
     if options.compile:
         peers["compiled chain"] = work(torch.compile(chain), kind=kind)
@@ -137,6 +147,7 @@ def build(group: str, e: Embedding, kind: str, options: Options) -> Row:
         bytes=_bytes(group, e, kind),
         # Gradients sum over more terms than the forward pass: the tests' factor for them is 3.
         check=against_truth(truth, factor=2.0 if group == "forward" else 3.0),
+        dtype=e.dtype,
     )
 
 

@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import OURS, Case, Options, Row, against_truth, run_under_pytest
+from harness import OURS, Case, Options, Row, against_truth, generator, run_under_pytest
 from torch import Tensor
 
 import pyvit
 from pyvit.reference.projected_step import projected_step as reference
 
 SHAPES = {"64x3x224x224": (64, 3, 224, 224), "128x3x32x32": (128, 3, 32, 32)}
+GPU_SHAPES = {"256x3x224x224": (256, 3, 224, 224)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # step and radius; L1 a tenth of its usual ball, so that projecting has something to do
 SIZES = {"linf": (2 / 255, 8 / 255), "l2": (0.2, 1.0), "l1": (1.0, 12.0)}
@@ -34,7 +35,7 @@ def _shapes(group: str, options: Options) -> dict[str, tuple[int, ...]]:
         return {"4x3x64x64": (4, 3, 64, 64)}
     if group == "L1":  # its peer goes image by image, and sorts
         return {"8x3x224x224": (8, 3, 224, 224)}
-    return SHAPES
+    return GPU_SHAPES if options.gpu_rows else SHAPES
 
 
 def eager_linf(x, grad, x0, momentum=None, *, norm, step_size, eps):
@@ -64,10 +65,10 @@ def _same_bits(results: Mapping[str, Any]) -> dict[str, str]:
 def build(group: str, shape: tuple[int, ...], dtype_name: str) -> Row:
     norm, dtype = GROUPS[group], DTYPES[dtype_name]
     step_size, eps = SIZES[norm]
-    generator = torch.Generator().manual_seed(0)
+    numbers_of = generator(0)
 
     def draw(kind) -> Tensor:
-        return kind(shape, generator=generator)
+        return kind(shape, generator=numbers_of)
 
     x0 = draw(torch.rand)
     x = (x0 + 0.02 * draw(torch.randn)).clamp(0, 1)
@@ -100,6 +101,7 @@ def build(group: str, shape: tuple[int, ...], dtype_name: str) -> Row:
         flops=6.0 * numbers,
         bytes=float(operands[0].element_size() * numbers * (6 if "momentum" in group else 4)),
         check=_same_bits if group == "L-infinity" else against_truth(truth),
+        dtype=dtype,
     )
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import Case, Options, Row, against_truth, run_under_pytest
+from harness import Case, Options, Row, against_truth, generator, run_under_pytest
 from torch import Tensor
 
 import pyvit
@@ -48,8 +48,13 @@ WINDOWS = [
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
+GPU_WINDOWS = [replace(w, batch=128, dtype=torch.bfloat16) for w in WINDOWS[:4]]
+
+
 def cases(options: Options) -> list[Case]:
-    windows = [replace(w, batch=1) for w in WINDOWS] if options.quick else WINDOWS
+    windows = GPU_WINDOWS if options.gpu_rows else WINDOWS
+    if options.quick:
+        windows = [replace(w, batch=1) for w in windows]
     return [
         Case("unfold", "unfold", f"{w}, {layout}", partial(build_unfold, w, layout))
         for w in windows
@@ -63,8 +68,7 @@ def _bytes(w: Window) -> float:
 
 
 def build_unfold(w: Window, layout: str) -> Row:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(w.batch, w.channels, w.size, w.size, generator=generator)
+    x = torch.randn(w.batch, w.channels, w.size, w.size, generator=generator(0))
     x = x.to(w.dtype).contiguous(memory_format=LAYOUTS[layout])
 
     def truth() -> Tensor:
@@ -76,13 +80,13 @@ def build_unfold(w: Window, layout: str) -> Row:
         flops=0.0,
         bytes=_bytes(w),
         check=against_truth(truth),
+        dtype=w.dtype,
     )
 
 
 def build_fold(w: Window) -> Row:
-    generator = torch.Generator().manual_seed(0)
     size = (w.batch, w.channels * w.kernel**2, w.patches)
-    cols = torch.randn(size, generator=generator).to(w.dtype)
+    cols = torch.randn(size, generator=generator(0)).to(w.dtype)
 
     def truth() -> Tensor:
         return F.fold(cols.double(), (w.size, w.size), *w.geometry)
@@ -93,6 +97,7 @@ def build_fold(w: Window) -> Row:
         flops=float(cols.numel()),
         bytes=_bytes(w),
         check=against_truth(truth),
+        dtype=w.dtype,
     )
 
 

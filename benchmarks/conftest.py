@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from harness import Options
+from harness import Options, prepare
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small batches and few rounds")
     parser.addoption("--compile", action="store_true", help="torch.compile'd peers too")
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
 
 
 def _options(config: pytest.Config) -> Options:
-    return Options(quick=config.getoption("--quick"), compile=config.getoption("--compile"))
+    names = ("quick", "compile", "device")
+    chosen = {name: config.getoption(f"--{name}") for name in names}
+    return Options(**chosen, gpu_rows=chosen["device"] == "cuda")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -23,4 +26,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def options(request: pytest.FixtureRequest) -> Options:
-    return _options(request.config)
+    options = _options(request.config)
+    prepare(options.device)
+    return options

@@ -14,6 +14,9 @@ arguments, the floating-point operations and the fewest bytes of the work, and `
 gets every callable's result by name and names those that are wrong. Nothing is timed where ours
 is wrong; a peer that is wrong loses its column.
 
+Tensors lie on the device that was asked for: it is torch's default device while a row is built
+and checked, and random numbers come from ``generator(seed)``.
+
 Ours and the peers run in turns in one process, and a ratio is the median over rounds of
 (peer's time / our time) within that round: a machine that slows down slows both.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +34,7 @@ from typing import Any
 import peak_memory
 import torch
 from accuracy import max_error, one_ulp  # tests/accuracy.py: one error bar for the whole project
+from timing import Clock, clock
 from torch import Tensor
 
 OURS = "ours"
@@ -42,6 +47,9 @@ class Options:
     quick: bool = False  # small batches, fewest rounds: a smoke test and no measurement
     seconds: float = 3.0  # time spent on a row's rounds, agreement and set-up aside
     compile: bool = False  # torch.compile'd peers too; each costs a compilation
+    device: str = "cpu"  # or "cuda"
+    gpu_rows: bool = False  # the rows for a GPU: large batches, and bfloat16 above all
+    timed: bool = True  # else rows are built and checked alone, which compiles all kernels
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Row:
     flops: float
     bytes: float
     check: Callable[[Mapping[str, Any]], dict[str, str]]  # wrong callables: {name: why}
+    dtype: torch.dtype = torch.float32  # what the work is done in: it sets a GPU's ceiling
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ class Result:
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     rounds: int = 0
+    dtype: str = "float32"
 
     @property
     def fastest_peer(self) -> str | None:
@@ -93,24 +103,31 @@ class Result:
         return min(rivals, key=self.ratio.__getitem__, default=None)
 
 
-def against_truth(truth: Callable[[], Any], factor: float = 2.0):
+def against_truth(
+    truth: Callable[[], Any], factor: float = 2.0, yardstick: Callable[[], Any] | None = None
+):
     """A ``check``: every result against ``truth()``, computed in float64 from the same inputs.
 
-    Ours may have ``factor`` times the error of the first peer (PyTorch's own op) plus one ulp of
-    the result's scale: the bar of the tests. A peer counts as computing something else where its
-    error passes √eps of the scale, half of the dtype's digits: rounding alone does not get there.
+    Ours may have ``factor`` times the error of ``yardstick()``, else of the first peer (PyTorch's
+    own op), plus one ulp of the result's scale: the bar of the tests. A peer counts as computing
+    something else where its error passes √eps of the scale, half of the dtype's digits: rounding
+    alone does not get there.
     """
 
     def check(results: Mapping[str, Any]) -> dict[str, str]:
-        wanted = _tensors(truth())
+        search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        wanted = _tensors(truth())  # no search for the fastest float64 kernels: it takes seconds
+        torch.backends.cudnn.benchmark = search
         values = {name: _tensors(result) for name, result in results.items()}
-        yardstick = next(name for name in values if name != OURS)
+        theirs = next((v for name, v in values.items() if name != OURS), None)
+        if yardstick is not None:
+            theirs = _tensors(yardstick())
         wrong = {}
         for name, outputs in values.items():
             for index, (output, exact) in enumerate(zip(outputs, wanted, strict=True)):
                 ulp, error = one_ulp(output.dtype, exact), max_error(output, exact)
                 if name == OURS:
-                    bar = factor * max_error(values[yardstick][index], exact) + ulp
+                    bar = factor * max_error(theirs[index], exact) + ulp
                 else:
                     bar = ulp / torch.finfo(output.dtype).eps ** 0.5
                 if not error <= bar:
@@ -124,22 +141,48 @@ def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
+def generator(seed: int) -> torch.Generator:
+    """Of random numbers on the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def prepare(device: str) -> None:
+    """Let the peers run at their best, and in float32 where a row says float32."""
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def run(case: Case, options: Options) -> Result:
-    """Build, check and measure one case."""
-    return measure(case, case.build(), options)
+    """Build, check and measure one case; one that raises is wrong, and the next ones still run."""
+    try:
+        with torch.device(options.device):
+            row = case.build()
+        return measure(case, row, options)
+    except Exception as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        wrong = {OURS: f"raised {type(error).__name__}: {lines[0]}"}
+        return Result(case.op, case.group, case.name, 0.0, 0.0, wrong)
+    finally:
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
 
 
 def measure(case: Case, row: Row, options: Options) -> Result:
-    result = Result(case.op, case.group, case.name, row.flops, row.bytes)
+    dtype = str(row.dtype).removeprefix("torch.")
+    result = Result(case.op, case.group, case.name, row.flops, row.bytes, dtype=dtype)
     callables = {OURS: row.ours, **row.peers}
-    result.wrong = row.check({name: call() for name, call in callables.items()})
-    if OURS in result.wrong:
+    with torch.device(options.device):
+        result.wrong = row.check({name: call() for name, call in callables.items()})
+    if OURS in result.wrong or not options.timed:
         return result
     callables = {name: call for name, call in callables.items() if name not in result.wrong}
     for name, call in callables.items():
-        if (peak := peak_memory.peak_of(call)) is not None:
+        if (peak := peak_memory.peak_of(call, options.device)) is not None:
             result.peak_bytes[name] = peak
-    samples = _in_turns(callables, *((0.0, 3) if options.quick else (options.seconds, 5)))
+    limits = (0.0, 3) if options.quick else (options.seconds, 5)
+    samples = _in_turns(callables, clock(options.device), *limits)
     result.rounds = len(samples[OURS])
     for name, times in samples.items():
         result.seconds[name] = statistics.median(times)
@@ -152,44 +195,44 @@ def measure(case: Case, row: Row, options: Options) -> Result:
 
 
 def _in_turns(
-    callables: Mapping[str, Callable[[], Any]],
-    seconds: float,
-    fewest_rounds: int,
-    shortest: float = 2e-3,
+    callables: Mapping[str, Callable[[], Any]], clock: Clock, seconds: float, fewest_rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds a call, one sample a round; a sample repeats calls shorter than ``shortest``."""
-    single = {name: _time(call, 1) for name, call in callables.items()}
-    repeats = {name: max(1, round(shortest / s)) for name, s in single.items()}
-    one_round = sum(single[name] * repeats[name] for name in callables)
-    rounds = min(40, max(fewest_rounds, round(seconds / one_round)))
+    """Seconds a call, one sample a round; a sample repeats calls that are short for the clock."""
+    repeats = {}
+    for name, call in callables.items():
+        clock(call, 1)
+        repeats[name] = max(1, round(clock.shortest / clock(call, 1)))
     samples: dict[str, list[float]] = {name: [] for name in callables}
     order = list(callables)
     gc.collect()
     gc.disable()
+    end = time.perf_counter() + seconds
     try:
-        for _ in range(rounds):
+        for number in range(40):
+            if number >= fewest_rounds and time.perf_counter() > end:
+                break
             for name in order:
-                samples[name].append(_time(callables[name], repeats[name]))
+                samples[name].append(clock(callables[name], repeats[name]))
             order = order[1:] + order[:1]  # no one always runs after the same neighbour
     finally:
         gc.enable()
     return samples
 
 
-def _time(call: Callable[[], Any], repeats: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - begin) / repeats
-
-
 def run_under_pytest(case: Case, options: Options, benchmark) -> None:
     """One case as a pytest-benchmark test: its statistics are ours, the ratios are extra info."""
-    row = case.build()
+    with torch.device(options.device):
+        row = case.build()
     result = measure(case, row, options)
     assert OURS not in result.wrong, f"{case.id}: wrong result: {result.wrong[OURS]}"
     benchmark.group = f"{case.op} {case.group}"
     benchmark.extra_info.update(
         threads=torch.get_num_threads(), ratio=result.ratio, wrong_peers=result.wrong
     )
-    benchmark.pedantic(row.ours, rounds=result.rounds, iterations=1, warmup_rounds=1)
+    synchronize = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+
+    def ours():
+        row.ours()
+        synchronize()
+
+    benchmark.pedantic(ours, rounds=result.rounds, iterations=1, warmup_rounds=1)

@@ -1,4 +1,4 @@
-"""Peak resident memory of one call, from the kernel's own high-water mark (Linux)."""
+"""Peak memory of one call: resident memory on the CPU (Linux), allocated memory on a GPU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+
+
+def peak_of(call: Callable[[], Any], device: str = "cpu") -> int | None:
+    """Bytes that a warm ``call`` adds at its peak, its outputs included."""
+    return _peak_allocated(call) if device == "cuda" else _peak_resident(call)
+
+
+def _peak_allocated(call: Callable[[], Any]) -> int:
+    """By torch's caching allocator, which cuDNN's workspaces come from too."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _resident(field: str) -> int:
@@ -16,11 +31,10 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_of(call: Callable[[], Any]) -> int | None:
-    """Bytes that a warm ``call`` adds to the resident memory at its peak, its outputs included.
+def _peak_resident(call: Callable[[], Any]) -> int | None:
+    """By the kernel's own high-water mark; None where the system has none that can be reset.
 
-    Scratch that a library kept from an earlier call is not seen. None where the system has no
-    resettable high-water mark.
+    Scratch that a library kept from an earlier call is not seen.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)  # give freed blocks back, or reuse of them hides a peak

@@ -17,7 +17,7 @@ _FASTEST = "fastest peer"
 
 
 def share_of_floor(result: Result, peaks: Peaks) -> float:
-    return peaks.floor(result.flops, result.bytes) / result.seconds[OURS]
+    return peaks.floor(result.flops, result.bytes, result.dtype) / result.seconds[OURS]
 
 
 def geometric_means(results: Sequence[Result]) -> dict[tuple[str, str], dict[str, float]]:
@@ -87,12 +87,18 @@ def table(results: Sequence[Result], peaks: Peaks) -> str:
     for op, group in dict.fromkeys((r.op, r.group) for r in results):
         rows = [r for r in results if (r.op, r.group) == (op, group)]
         peers = list(dict.fromkeys(peer for r in rows for peer in r.ratio))
+        on_gpu = peaks.half_flops is not None  # a processor's times say little elsewhere
         lines = [["", *(f"vs {peer}" for peer in peers), "of floor", "peak MB"]]
-        lines += [_cells(row, peers, peaks) for row in rows]
+        lines[0] += ["ms"] if on_gpu else []
+        for row in rows:
+            cells = _cells(row, peers, peaks)
+            if on_gpu:
+                cells.append(f"{row.seconds[OURS] * 1e3:.3f}" if OURS in row.seconds else "")
+            lines.append(cells)
         of_group = means.get((op, group), {})
         if len(rows) > 1 and of_group:
             mean = [f"{of_group[peer]:.2f}x" if peer in of_group else "" for peer in peers]
-            lines.append(["geometric mean", *mean, "", ""])
+            lines.append(["geometric mean", *mean, *("" for _ in lines[0][len(mean) + 1 :])])
         title = f"{op} {group}"
         if _FASTEST in of_group:
             title += f": {of_group[_FASTEST]:.2f}x the fastest peer of each row"
@@ -103,8 +109,9 @@ def table(results: Sequence[Result], peaks: Peaks) -> str:
 
 
 def _cells(result: Result, peers: Sequence[str], peaks: Peaks) -> list[str]:
-    if OURS in result.wrong:
-        return [result.name, *("wrong" for _ in peers), "", ""]
+    if OURS not in result.seconds:  # wrong, or not timed
+        state = "wrong" if OURS in result.wrong else ""
+        return [result.name, *(state for _ in peers), "", ""]
     ratios = [
         "wrong"
         if peer in result.wrong
@@ -132,14 +139,32 @@ def aligned(lines: list[list[str]]) -> str:
 
 def heading(machine: dict[str, str | int], peaks: Peaks) -> str:
     runs = f", medians of {machine['runs']} runs" if "runs" in machine else ""
+    half = peaks.half_flops
+    products = f"best torch.mm {_rate(peaks.matmul_flops)}"
+    if half is not None:
+        products = f"{_rate(half)} bfloat16: best torch.mm"
     return (
-        f"{machine['processor']}, {machine['threads']} threads{runs}, "
-        f"{machine['instruction_set']} kernels, torch {machine['torch']}\n"
-        f"ceiling {peaks.flops / 1e9:.0f} GFLOP/s float32: {peaks.flops_source}; "
-        f"best torch.mm {peaks.matmul_flops / 1e9:.0f} GFLOP/s; "
+        f"{title(machine)}{runs}, {_kernels(machine)} kernels, torch {machine['torch']}\n"
+        f"ceiling {_rate(peaks.flops)} float32: {peaks.flops_source}; {products}; "
         f"copy {peaks.copy_bandwidth / 1e9:.1f} GB/s\n"
         "ratios are (peer's time / our time): above 1 means that pyvit is faster"
     )
+
+
+def title(machine: dict[str, str | int]) -> str:
+    """What the rows ran on."""
+    if "gpu" in machine:
+        versions = f"driver {machine['driver']}, CUDA {machine['cuda']}"
+        return f"{machine['gpu']}, {versions}"
+    return f"{machine['processor']}, {machine['threads']} threads"
+
+
+def _kernels(machine: dict[str, str | int]) -> str | int:
+    return f"Triton {machine['triton']}" if "gpu" in machine else machine["instruction_set"]
+
+
+def _rate(flops: float) -> str:
+    return f"{flops / 1e12:.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:.0f} GFLOP/s"
 
 
 def write_json(
@@ -198,7 +223,7 @@ def plot(path: Path, results: Sequence[Result], machine: dict[str, str | int]) -
     axes.margins(x=0.25, y=0.01)
     axes.set_xlabel("speed relative to the fastest peer of the row (right of 1×: pyvit is faster)")
     axes.set_title(
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}",
+        f"{title(machine)}, torch {machine['torch']}",
         fontsize=8,
     )
     for side in ("top", "right"):

@@ -15,7 +15,7 @@ import machine
 import report
 import scaling
 import torch
-from harness import OURS, Case, Options, Result, run
+from harness import OURS, Case, Options, Result, prepare, run
 
 HERE = Path(__file__).parent
 
@@ -31,7 +31,11 @@ def collect(names: list[str], options: Options) -> list[Case]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: a GPU")
+    parser.add_argument("--gpu-rows", action="store_true", help="a GPU's rows on any device")
     parser.add_argument("--quick", action="store_true", help="small batches, few rounds: a check")
+    parser.add_argument("--check", action="store_true", help="results alone, nothing is timed")
+    parser.add_argument("--share", metavar="I/N", help="of the rows, each N-th from the I-th on")
     parser.add_argument("--only", action="append", choices=ops(), help="this op; may be repeated")
     parser.add_argument("--match", default="", help="only the rows whose title contains this")
     parser.add_argument("--seconds", type=float, default=Options.seconds, help="for each row")
@@ -39,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="threads for ours and the peers alike")
     parser.add_argument("--repeat", type=int, default=1, help="so many separate runs, medians")
     parser.add_argument("--scaling", action="store_true", help="time against sizes, no peers")
+    parser.add_argument("--merge", type=Path, nargs="+", help="report the rows of these files")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--plot", type=Path, help="draw the ratios there (needs matplotlib)")
 
@@ -49,16 +54,32 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     if asked.scaling:
         return scale(asked)
-    if asked.repeat > 1:
+    if asked.merge:
+        results, described, peaks = merge(asked.merge)
+    elif asked.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch finds no GPU here (python -m pyvit info says why)")
+        return 2
+    elif asked.repeat > 1:
         results, described, peaks = repeat(arguments, asked.repeat)
     else:
         if asked.threads:
             torch.set_num_threads(asked.threads)
         torch.manual_seed(0)
-        options = Options(quick=asked.quick, seconds=asked.seconds, compile=asked.compile)
+        prepare(asked.device)
+        options = Options(
+            quick=asked.quick,
+            seconds=asked.seconds,
+            compile=asked.compile,
+            device=asked.device,
+            gpu_rows=asked.gpu_rows or asked.device == "cuda",
+            timed=not asked.check,
+        )
+        described = machine.describe(asked.device)
         cases = [c for c in collect(asked.only or ops(), options) if asked.match in c.id]
-        results, peaks = run_all(cases, options)
-        described = machine.describe()
+        if asked.share:
+            first, count = map(int, asked.share.split("/"))
+            cases = cases[first - 1 :: count]
+        results, peaks = run_all(cases, options, described, asked.json)
     print(
         report.heading(described, peaks),
         report.table(results, peaks),
@@ -88,6 +109,13 @@ def scale(asked: argparse.Namespace) -> int:
     return 0
 
 
+def merge(files: list[Path]) -> tuple[list[Result], dict[str, str | int], machine.Peaks]:
+    """The rows of several files of one machine; the higher of each ceiling."""
+    runs = [report.read_json(file) for file in files]
+    peaks = functools.reduce(machine.Peaks.best_with, [p for *_, p in runs])
+    return [row for rows, *_ in runs for row in rows], runs[-1][1], peaks
+
+
 def repeat(
     arguments: list[str], times: int
 ) -> tuple[list[Result], dict[str, str | int], machine.Peaks]:
@@ -109,11 +137,24 @@ def repeat(
     return results, described, functools.reduce(machine.Peaks.best_with, [p for *_, p in runs])
 
 
-def run_all(cases: list[Case], options: Options) -> tuple[list[Result], machine.Peaks]:
-    """Every case in order, and the machine's ceilings, measured before and after them."""
-    before = machine.measure_peaks(options.quick)
-    results = [run(case, options) for case in _shown(cases)]
-    return results, before.best_with(machine.measure_peaks(options.quick))
+def run_all(
+    cases: list[Case],
+    options: Options,
+    described: dict[str, str | int],
+    file: Path | None,
+) -> tuple[list[Result], machine.Peaks]:
+    """Every case in order, and the machine's ceilings, measured before and after them.
+
+    ``file`` has the rows so far after each: a run that is stopped leaves what it measured.
+    """
+    quick = options.quick or not options.timed
+    peaks = machine.measure_peaks(quick, options.device)
+    results = []
+    for case in _shown(cases):
+        results.append(run(case, options))
+        if file:
+            report.write_json(file, results, described, peaks)
+    return results, peaks.best_with(machine.measure_peaks(quick, options.device))
 
 
 def _shown(cases: list[Case]) -> Iterator[Case]:

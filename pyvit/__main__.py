@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
+import importlib.util
 import platform
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 
 import pyvit
 from pyvit import _native
+from pyvit.ops import _library
 
 
 def processor_name() -> str:
@@ -23,23 +26,19 @@ def processor_name() -> str:
 
 
 def gpu_lines() -> list[str]:
-    lines = []
-    if not torch.cuda.is_available():
-        reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU found"
-        lines.append(f"cuda          does not run: {reason}")
+    """Whether the GPU's kernels, Triton's, can run here, and if not why."""
+    problem = _library.triton_problem()
+    if torch.cuda.is_available():
+        gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        cuda = f"{gpu}: runs" if not problem else f"{gpu}: does not run: {problem}"
     else:
-        lines.append(
-            f"cuda          {torch.cuda.get_device_name()}: no GPU kernel is part of this version"
-        )
-    try:
-        import triton
-
-        lines.append(
-            f"triton        {triton.__version__} installed; no Triton kernel in this version"
-        )
-    except ImportError:
-        lines.append("triton        not installed (pip install triton); not needed on the CPU")
-    return lines
+        reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU found"
+        cuda = f"does not run: {reason}"
+    if importlib.util.find_spec("triton") is None:
+        triton = "not installed; CUDA tensors need it, those of the CPU do not"
+    else:
+        triton = f"{importlib.metadata.version('triton')}, for CUDA tensors"
+    return [f"cuda          {cuda}", f"triton        {triton}"]
 
 
 def info() -> int:
@@ -93,17 +92,29 @@ def bench(arguments: list[str]) -> int:
     return importlib.import_module("suite").main(arguments)
 
 
+def tune() -> int:
+    """Measure configurations of the GPU kernels and keep the fastest for later calls."""
+    if not torch.cuda.is_available():
+        print("pyvit tune: there is no GPU here to measure on.", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("triton") is None:
+        print("pyvit tune: Triton is not installed: pip install triton", file=sys.stderr)
+        return 2
+    return importlib.import_module("pyvit.kernels.tune").main()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyvit", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is built and what this machine can run, and why not")
+    commands.add_parser("tune", help="measure the GPU kernels' configurations on this GPU")
     commands.add_parser("bench", help="every kernel against PyTorch (bench --help)", add_help=False)
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "bench":
         return bench(rest)
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    return info()
+    return tune() if chosen.command == "tune" else info()
 
 
 if __name__ == "__main__":

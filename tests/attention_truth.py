@@ -20,8 +20,14 @@ SHAPES = {
     "no class token": (1, 1, 196, 196, 128, 128),
     "long": (1, 2, 577, 577, 32, 32),
     "odd": (1, 1, 19, 785, 7, 1),
+    "vit head": (1, 1, 197, 197, 64, 64),
+    "streamed": (1, 1, 21, 1100, 20, 12),
     "many keys": (1, 1, 26, 4999, 300, 270),
 }
+
+
+# Those that Triton's interpreter, at a millisecond a tile, is quick enough for.
+INTERPRETED_SHAPES = ["one", "two", "small", "rectangular", "vit head", "odd", "streamed"]
 
 
 def tensors(shape, dtype=torch.float32) -> list[Tensor]:
@@ -30,7 +36,9 @@ def tensors(shape, dtype=torch.float32) -> list[Tensor]:
     return [torch.randn(batch, heads, *size).to(dtype) for size in sizes]
 
 
-def counts(keys: int) -> list[int]:
+def counts(keys: int, *, few: bool = False) -> list[int]:
+    if few:
+        return [keys // 6, keys - 1]
     return sorted({1, min(2, keys), max(1, keys // 6), max(1, keys - 1), keys, keys + 5})
 
 
@@ -49,15 +57,24 @@ def with_gradients(function, arguments, grads, **options) -> tuple[Tensor, ...]:
 
 
 def own_selection(q: Tensor, k: Tensor, v: Tensor, topk: int, scale: float | None = None):
-    """The keys that the kernel chose, as a mask; checks that they are topk ascending indices."""
+    """The keys that the kernel chose, as a mask."""
     if topk >= k.shape[2]:
         return torch.ones(*q.shape[:3], k.shape[2], dtype=torch.bool)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    _, indices, weights = torch.ops.pyvit.topk_attention(q, k, v, topk, scale, True)
-    assert indices.shape == weights.shape == (*q.shape[:3], topk)
-    assert bool((indices.diff(dim=-1) > 0).all()), "indices do not ascend"
+    _, selection, weights = torch.ops.pyvit.topk_attention(q, k, v, topk, scale, True)
+    if selection.dtype is torch.uint8:
+        return unpacked(selection, k.shape[2])
+    assert selection.shape == weights.shape == (*q.shape[:3], topk)
+    assert bool((selection.diff(dim=-1) > 0).all()), "indices do not ascend"
     mask = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
-    return mask.scatter_(-1, indices.long(), True)
+    return mask.scatter_(-1, selection.long(), True)
+
+
+def unpacked(bits: Tensor, keys: int) -> Tensor:
+    """A mask from bytes of eight keys, the first in the lowest bit."""
+    eight = bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+    assert not bool(eight.flatten(-2)[..., keys:].any()), "bits past the last key"
+    return eight.flatten(-2)[..., :keys].bool()
 
 
 def assert_selects_largest(selection: Tensor, q: Tensor, k: Tensor, topk: int) -> None:
@@ -97,6 +114,15 @@ def rounding_bounds(q, k, v, selection, grads) -> tuple[Tensor, ...]:
     terms = q.shape[2] + q.shape[3] + keys + v.shape[3] + 16
     factor = (1 + 4 * largest) * terms * torch.finfo(torch.float64).eps
     return tuple(b * factor for b in bounds)
+
+
+def difference_bounds(q, k, v, selection, grad) -> tuple[float, float]:
+    """How far float32 sums of Dv terms, dP and Δ = dO · out, put dq and dk off by themselves."""
+    w = reference.scores(q, k).masked_fill(~selection, -torch.inf).softmax(-1)
+    dw = grad.abs() @ v.abs().transpose(-2, -1)
+    terms = (v.shape[3] + 2) * torch.finfo(torch.float32).eps
+    ds = q.shape[3] ** -0.5 * w * (dw + (w * dw).sum(-1, keepdim=True)) * terms
+    return float((ds @ k.abs()).max()), float((ds.transpose(-2, -1) @ q.abs()).max())
 
 
 def assert_within(ours, truth, bounds, names) -> None:

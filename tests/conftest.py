@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
+import hypothesis_shim
 import pytest
 import torch
+from backends import BACKENDS, INTERPRETED
+
+hypothesis_shim.install()
+if INTERPRETED in BACKENDS:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run in Python
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +23,57 @@ def seed():
 def poisoned_allocations():
     """Every uninitialised tensor, ours from C++ included, is filled with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # PyTorch's own GPU ops may refuse
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Run a test once for each backend: with its kernels, and its device for new tensors."""
+    if request.param == "triton":
+        with torch.device("cuda"):
+            yield request.param
+    elif request.param == INTERPRETED:
+        from triton_interpreter import interpreted
+
+        with interpreted():
+            yield request.param
+    else:
+        yield request.param
+
+
+@pytest.fixture
+def finest_dtype(backend):
+    """The most exact dtype that the backend computes in."""
+    return torch.float64 if backend == "cpu" else torch.float32
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what a backend has no kernel for, and what its marker finds too slow."""
+    dropped = [item for item in items if not _has_kernel(item) or _is_too_slow(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+
+
+def _parameters(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _has_kernel(item):
+    parameters = _parameters(item)
+    is_cpu = parameters.get("backend", "cpu") == "cpu"
+    return is_cpu or parameters.get("dtype") is not torch.float64
+
+
+def _is_too_slow(item):
+    parameters = _parameters(item)
+    if parameters.get("backend") != INTERPRETED:
+        return False
+    return any(
+        parameters[name] not in wanted
+        for marker in item.iter_markers("interpreted")
+        for name, wanted in marker.kwargs.items()
+    )

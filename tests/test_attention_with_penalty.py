@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from accuracy import assert_as_accurate
 from attention_truth import (
     DTYPES,
+    INTERPRETED_SHAPES,
     SHAPES,
     assert_within,
     counts,
@@ -15,8 +16,10 @@ from attention_truth import (
     own_selection,
     rounding_bounds,
     tensors,
+    unpacked,
     with_gradients,
 )
+from backends import INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import peak_extra_bytes
@@ -37,6 +40,8 @@ def grads_like(arguments):
     return (torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype), *terms)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.interpreted(shape=INTERPRETED_SHAPES)
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,10 +77,11 @@ def test_reference_by_hand():
         assert hoyer.item() == pytest.approx(2 - 1 / norm)
 
 
+@pytest.mark.usefixtures("backend")
 def test_attention_is_dense():
-    arguments = tensors(SHAPES["vit"])
-    grad = torch.randn(2, 2, 197, 64)
-    none = torch.zeros(2, 2, 197)
+    arguments = tensors(SHAPES["vit head"])
+    grad = torch.randn(1, 1, 197, 64)
+    none = torch.zeros(1, 1, 197)
     ours = with_gradients(attention_with_penalty, arguments, (grad, none, none), topk=16)
     theirs = with_gradients(F.scaled_dot_product_attention, arguments, (grad,))
     truth = with_gradients(F.scaled_dot_product_attention, doubled(arguments), (grad.double(),))
@@ -83,6 +89,7 @@ def test_attention_is_dense():
         assert_as_accurate(*values, 3, name)
 
 
+@pytest.mark.usefixtures("backend")
 def test_extremes():
     v = torch.randn(1, 1, 16, 4)
     even = torch.zeros(1, 1, 16, 2)
@@ -113,20 +120,19 @@ def test_any_shape(data):
         torch.testing.assert_close(mine, other, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
-@pytest.mark.accuracy
-def test_saved_selection_is_exact():
+def test_saved_selection_is_exact(backend):
     """Bits, ties to the lowest index, any number of keys."""
     for keys in (1, 7, 8, 31, 33, 197):
         q = torch.randint(-2, 3, (2, 2, 9, 4)).float()
         k = torch.randint(-1, 2, (2, 2, keys, 4)).float()
-        for topk in counts(keys):
+        for topk in counts(keys, few=backend == INTERPRETED and keys > 10):
             *_, bits = torch.ops.pyvit.attention_with_penalty(q, k, k, topk, 1.0, True)
             assert bits.shape == (2, 2, 9, (keys + 7) // 8)
-            flags = (bits.unsqueeze(-1) >> torch.arange(8) & 1).flatten(-2)[..., :keys].bool()
             expected = reference.select(reference.scores(q, k, 1.0), topk)
-            assert torch.equal(flags, expected), (keys, topk)
+            assert torch.equal(unpacked(bits, keys), expected), (keys, topk)
 
 
+@pytest.mark.usefixtures("backend")
 def test_strided_inputs_and_gradients():
     packed = torch.randn(2, 33, 3, 4, 40)
     arguments = packed.permute(2, 0, 3, 1, 4).unbind(0)
@@ -147,6 +153,7 @@ def test_strided_inputs_and_gradients():
     assert all(torch.equal(a, b) for a, b in zip(ours, expected))
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.accuracy
 def test_nan_query_stays_in_its_row():
     arguments = tensors(SHAPES["vit"])
@@ -162,8 +169,9 @@ def test_nan_query_stays_in_its_row():
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_repeatable_and_batch_invariant(dtype):
-    arguments = tensors((5, 3, 197, 197, 64, 64), dtype)
+def test_repeatable_and_batch_invariant(dtype, backend):
+    tokens = 40 if backend == INTERPRETED else 197
+    arguments = tensors((5, 3, tokens, tokens, 64, 64), dtype)
     grads = grads_like(arguments)
     first = with_gradients(attention_with_penalty, arguments, grads, topk=16)
     for _ in range(3):

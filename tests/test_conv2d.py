@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate, assert_within_rounding
+from backends import INTERPRETED
 from conv2d_checks import DTYPES, FORMATS, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +52,13 @@ SHAPES = {
 }
 
 
+# Those that Triton's interpreter is quick enough for.
+INTERPRETED_SHAPES = [
+    *("3x3", "pointwise-strided", "strided-groups", "all-different", "depthwise-doubled", "deep"),
+    *("stride-beyond-kernel", "one-pixel", "all-padding", "wide-padding", "one-row", "dilated"),
+]
+
+
 def with_gradients(function, arguments, geometry, grad):
     leaves = [a.detach().clone(memory_format=torch.preserve_format) for a in arguments]
     for leaf in leaves:
@@ -59,6 +67,8 @@ def with_gradients(function, arguments, geometry, grad):
     return (y.detach(), *torch.autograd.grad(y, leaves, grad))
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.interpreted(shape=INTERPRETED_SHAPES, dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,9 +126,9 @@ def test_any_geometry(data):
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("kernel", [(2, 3), (4, 1), (5, 2)])
-def test_padding_by_name(padding, kernel):
-    x = torch.randn(2, 3, 11, 12, dtype=torch.float64)
-    weight = torch.randn(4, 3, *kernel, dtype=torch.float64)
+def test_padding_by_name(padding, kernel, finest_dtype):
+    x = torch.randn(2, 3, 11, 12, dtype=finest_dtype)
+    weight = torch.randn(4, 3, *kernel, dtype=finest_dtype)
     for dilation in (1, 2):
         torch.testing.assert_close(
             conv2d(x, weight, padding=padding, dilation=dilation),
@@ -126,11 +136,13 @@ def test_padding_by_name(padding, kernel):
         )
 
 
+@pytest.mark.usefixtures("backend")
 def test_one_image_without_batch():
     x, weight = torch.randn(3, 8, 8), torch.randn(4, 3, 3, 3)
     torch.testing.assert_close(conv2d(x, weight), F.conv2d(x, weight))
 
 
+@pytest.mark.usefixtures("backend")
 def test_empty_batch():
     x = torch.randn(0, 3, 8, 8, requires_grad=True)
     weight, bias = torch.randn(4, 3, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True)
@@ -141,6 +153,7 @@ def test_empty_batch():
     assert not weight.grad.any() and not bias.grad.any()
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_output_format_follows_torch(memory_format):
     x = torch.randn(2, 3, 8, 8).contiguous(memory_format=FORMATS[memory_format])
@@ -152,7 +165,7 @@ def test_output_format_follows_torch(memory_format):
 
 
 @pytest.mark.accuracy
-def test_strided_inputs():
+def test_strided_inputs(backend):
     big = torch.randn(4, 8, 20, 22)
     views = {
         "slice": big[1:3, 2:5, 3:12, 4:15],
@@ -168,6 +181,8 @@ def test_strided_inputs():
         "channels_last": torch.randn(5, 3, 3, 3).contiguous(memory_format=torch.channels_last),
         "many outputs": torch.randn(40, 3, 3, 3).contiguous(memory_format=torch.channels_last),
     }
+    if backend == INTERPRETED:
+        weights = {"transposed": weights["transposed"]}
     for x in views.values():
         for weight in weights.values():
             channels = x.shape[1]
@@ -182,13 +197,13 @@ def test_strided_inputs():
                 assert_as_accurate(*values, 3, name)
 
 
-def test_strided_gradient():
+def test_strided_gradient(finest_dtype):
     """A gradient that arrives expanded or transposed is read through its strides."""
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(9, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 8, 8, dtype=finest_dtype, requires_grad=True)
+    weight = torch.randn(9, 3, 3, 3, dtype=finest_dtype, requires_grad=True)
     for grad in (
-        torch.randn(1, 1, 1, 1, dtype=torch.float64).expand(2, 9, 8, 8),
-        torch.randn(8, 8, 9, 2, dtype=torch.float64).permute(3, 2, 1, 0),
+        torch.randn(1, 1, 1, 1, dtype=finest_dtype).expand(2, 9, 8, 8),
+        torch.randn(8, 8, 9, 2, dtype=finest_dtype).permute(3, 2, 1, 0),
     ):
         ours = torch.autograd.grad(conv2d(x, weight, padding=1), (x, weight), grad)
         theirs = torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), grad)
@@ -196,6 +211,7 @@ def test_strided_gradient():
             torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("value", [1e30, 1e-30])
 def test_huge_and_tiny_values(value):
     x = torch.randn(1, 3, 8, 8) * value
@@ -204,6 +220,7 @@ def test_huge_and_tiny_values(value):
     assert_as_accurate(conv2d(x, weight), F.conv2d(x, weight), truth, 2)
 
 
+@pytest.mark.usefixtures("backend")
 def test_nan_stays_where_it_is_read():
     x = torch.randn(3, 4, 9, 9)
     x[1, 2, 4, 4] = float("nan")
@@ -216,6 +233,8 @@ def test_nan_stays_where_it_is_read():
             assert torch.equal(y.isnan(), expected)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.interpreted(shape=["strided-groups"])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ def arguments(rows, inputs, outputs, dtype, bias=True):
     return [t.to(dtype) for t in (x, weight, *([torch.randn(outputs)] if bias else []))]
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.interpreted(bias=[True], size=SIZES[2:], dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,6 +66,8 @@ def test_forward_and_gradients_are_as_accurate_as_torchs(size, dtype, bias):
         assert_as_accurate(a, b, c, 3, f"gradient of {name}")
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.interpreted(size=[(100, 10), (7, 1000)], dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(192, 576), (768, 192), (3072, 64), (100, 10), (7, 1000)])
@@ -90,6 +94,7 @@ def test_a_row_is_the_same_bits_among_any_others(size, dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("backend")
 def test_any_strides_and_shapes():
     weight, bias = torch.randn(6, 5), torch.randn(6)
     base = torch.randn(4, 7, 5)

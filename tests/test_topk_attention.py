@@ -5,19 +5,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
+from accuracy import assert_as_accurate, max_error
 from attention_truth import (
     DTYPES,
+    INTERPRETED_SHAPES,
     SHAPES,
     assert_selects_largest,
     assert_within,
     counts,
+    difference_bounds,
     doubled,
     own_selection,
     rounding_bounds,
     tensors,
     with_gradients,
 )
+from backends import INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,14 +54,16 @@ def assert_accurate(ours, arguments, selection, grad, theirs=None):
 # ---- values ---------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted(shape=INTERPRETED_SHAPES)
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_as_accurate_as_torch(shape, dtype):
+def test_as_accurate_as_torch(shape, dtype, backend):
     arguments = tensors(SHAPES[shape], dtype)
     q, k, v = arguments
     grad = torch.randn(*q.shape[:3], v.shape[3]).to(dtype)
-    for topk in counts(k.shape[2]):
+    few = backend == INTERPRETED and k.shape[2] > 100
+    for topk in counts(k.shape[2], few=few):
         selection = own_selection(q, k, v, topk)
         assert_selects_largest(selection, q, k, topk)
         ours = with_gradients(topk_attention, arguments, (grad,), topk=topk)
@@ -69,9 +74,10 @@ def test_as_accurate_as_torch(shape, dtype):
         assert_accurate(ours, arguments, selection, grad, theirs)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ["rectangular", "vit", "odd"])
+@pytest.mark.parametrize("shape", ["rectangular", "vit head", "odd"])
 def test_dense_backward_is_that_of_dense_attention(shape, dtype):
     arguments = tensors(SHAPES[shape], dtype)
     q, k, v = arguments
@@ -116,6 +122,7 @@ def test_any_shape(data):
             torch.testing.assert_close(mine, other, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.5, 7])
 def test_scale(scale):
     arguments = tensors(SHAPES["small"])
@@ -142,13 +149,13 @@ def test_scale(scale):
 
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ties_go_to_the_lowest_index(dtype):
+def test_ties_go_to_the_lowest_index(dtype, backend):
     """Small integers make exact scores, most of them tied: sorting stably gives the truth."""
-    for keys in (2, 17, 33, 197, 785):
+    for keys in (2, 33, 197) if backend == INTERPRETED else (2, 17, 33, 197, 785, 1100):
         q = torch.randint(-2, 3, (2, 2, 31, 4)).to(dtype)
         k = torch.randint(-1, 2, (2, 2, keys, 4)).to(dtype)
         v = torch.randn(2, 2, keys, 3).to(dtype)
-        for topk in counts(keys):
+        for topk in counts(keys, few=backend == INTERPRETED and keys > 100):
             expected = reference.select(reference.scores(q, k), topk)
             assert torch.equal(own_selection(q, k, v, topk), expected), (keys, topk)
 
@@ -174,43 +181,49 @@ def test_ties_go_to_the_lowest_index(dtype):
     }.items(),
     ids=lambda row: row[0],
 )
-def test_rows_that_are_hard_to_cut(row, dtype):
+def test_rows_that_are_hard_to_cut(row, dtype, backend):
     """q = 1 makes the scores of a row any numbers we like."""
-    for n in (16, 17, 197, 1000):
+    for n in (17, 197) if backend == INTERPRETED else (16, 17, 197, 1000, 1100):
         scores = row[1](n).to(dtype)
         k, q, v = scores.reshape(1, 1, n, 1), torch.ones(1, 1, 1, 1, dtype=dtype), torch.randn(n, 2)
-        for topk in counts(n):
+        for topk in counts(n, few=backend == INTERPRETED):
             selection = own_selection(q, k, v.to(dtype).reshape(1, 1, n, 2), topk, 1.0)
             expected = reference.select(scores + 0.0, topk)
             assert torch.equal(selection.flatten(), expected), (n, topk)
 
 
 @pytest.mark.parametrize("value", [1e30, 1e-30])
-def test_huge_and_tiny_values(value):
-    q, k, v = tensors(SHAPES["vit"])
-    grad = torch.randn(2, 2, 197, 64)
+def test_huge_and_tiny_values(value, backend):
+    q, k, v = tensors(SHAPES["vit head"])
+    grad = torch.randn(1, 1, 197, 64)
     for arguments in ((q * value, k / value, v), (q, k, v * value), (q * value**0.3, k, v)):
         selection = own_selection(*arguments, 16)
         ours = with_gradients(topk_attention, arguments, (grad,), topk=16)
         truth = reference_with_gradients(doubled(arguments), selection, grad.double())
         theirs = reference_with_gradients(arguments, selection, grad)
-        for name, *values in zip(NAMES, ours, theirs, truth):
-            assert_as_accurate(*values, 3, name)
+        bounds = (0.0,) * 4
+        if backend != "cpu":  # where one weight is 1, PyTorch's dP - Δ happens to be exactly 0
+            bounds = (0.0, *difference_bounds(*doubled(arguments), selection, grad.double()), 0.0)
+        for name, mine, other, exact, bound in zip(NAMES, ours, theirs, truth, bounds):
+            if max_error(mine, exact) > bound:
+                assert_as_accurate(mine, other, exact, 3, name)
 
 
 @pytest.mark.accuracy
-def test_one_key_that_all_queries_choose():
+def test_one_key_that_all_queries_choose(backend):
     """The longest sums that dk and dv can have: a term of every query."""
-    q, k, v = tensors((1, 2, 3000, 50, 64, 64))
+    queries = 300 if backend == INTERPRETED else 3000
+    q, k, v = tensors((1, 2, queries, 50, 64, 64))
     k[:, :, 7] = 4 * q.mean(2).sign() + 0.1 * k[:, :, 7]
     q = q + 0.5 * q.mean(2, keepdim=True).sign()
-    grad = 1 + torch.randn(1, 2, 3000, 64)
+    grad = 1 + torch.randn(1, 2, queries, 64)
     selection = own_selection(q, k, v, 3)
     assert bool(selection[..., 7].float().mean() > 0.99)
     ours = with_gradients(topk_attention, (q, k, v), (grad,), topk=3)
     assert_accurate(ours, (q, k, v), selection, grad)
 
 
+@pytest.mark.usefixtures("backend")
 def test_scores_that_underflow_are_ties():
     q, k, v = tensors((1, 1, 4, 40, 8, 8))
     out = topk_attention(q * 1e-30, k * 1e-30, v, 5)
@@ -224,6 +237,8 @@ def nan_rows(value):
     return value.isnan().all(-1)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.interpreted(topk=[16, 197])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("topk", [1, 16, 196, 197])
 def test_nan_query_stays_in_its_row(topk):
@@ -240,6 +255,8 @@ def test_nan_query_stays_in_its_row(topk):
     assert torch.equal(nan_rows(dq), expected) and torch.equal(dq.isnan().any(-1), expected)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.interpreted(topk=[16])
 @pytest.mark.parametrize("topk", [1, 16, 197])
 def test_nan_key_poisons_its_head_alone(topk):
     arguments = tensors(SHAPES["vit"])
@@ -250,6 +267,8 @@ def test_nan_key_poisons_its_head_alone(topk):
     assert torch.equal(rows, expected)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.interpreted(topk=[16])
 @pytest.mark.parametrize("topk", [1, 16, 100, 196])
 def test_nan_value_reaches_those_who_chose_it(topk):
     q, k, v = tensors(SHAPES["vit"])
@@ -262,6 +281,7 @@ def test_nan_value_reaches_those_who_chose_it(topk):
     assert torch.equal(nan_rows(out), expected) and torch.equal(out.isnan().any(-1), expected)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("topk", [3, 40])
 def test_infinite_scores_are_those_of_softmax(topk):
     """A row with a score of +inf is NaN; -inf is a weight of zero."""
@@ -279,15 +299,18 @@ def test_infinite_scores_are_those_of_softmax(topk):
 
 
 @pytest.mark.accuracy
+@pytest.mark.interpreted(topk=[16, 197])
 @pytest.mark.parametrize("topk", [16, 100, 197])
 @pytest.mark.parametrize("backward", ["selected", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_repeatable_and_batch_invariant(topk, backward, dtype):
-    arguments = tensors((5, 3, 197, 197, 64, 64), dtype)
-    grad = torch.randn(5, 3, 197, 64).to(dtype)
+def test_repeatable_and_batch_invariant(topk, backward, dtype, backend):
+    tokens = 40 if backend == INTERPRETED else 197
+    topk = min(topk, tokens)
+    arguments = tensors((5, 3, tokens, tokens, 64, 64), dtype)
+    grad = torch.randn(5, 3, tokens, 64).to(dtype)
     options = {"topk": topk, "backward": backward}
     first = with_gradients(topk_attention, arguments, (grad,), **options)
-    for _ in range(3):
+    for _ in range(1 if backend == INTERPRETED else 3):
         again = with_gradients(topk_attention, arguments, (grad,), **options)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
     threads = torch.get_num_threads()

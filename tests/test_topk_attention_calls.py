@@ -217,9 +217,9 @@ def test_opcheck(dtype):
         (False, True, False, True),
         (False, False, True, False),
     ):
-        arguments = (grad, q, k, v, indices, weights, keys, 0.1, *flags)
+        arguments = (grad, None, q, k, v, indices, weights, 7, keys, 0.1, *flags)
         torch.library.opcheck(operations.topk_attention_backward.default, arguments)
-    arguments = (grad, None, None, None, indices, weights, keys, 0.1, True, False, False, True)
+    arguments = (grad, *[None] * 4, indices, weights, 7, keys, 0.1, True, False, False, True)
     torch.library.opcheck(operations.topk_attention_backward.default, arguments)
     for flags in ((True, True, True, True), (False, False, True, False)):
         arguments = (grad, q, k, v, None, None, None, 0.1, *flags)

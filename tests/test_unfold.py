@@ -34,6 +34,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,6 +47,7 @@ def test_unfold_copies_exactly(case, dtype, memory_format):
     assert ours.is_contiguous()
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -73,6 +75,7 @@ def test_reference(case):
     )
 
 
+@pytest.mark.usefixtures("backend")
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_geometry(data):
@@ -108,6 +111,7 @@ def strided_views():
     }
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", strided_views())
@@ -116,6 +120,7 @@ def test_strided_images(view, dtype):
     assert torch.equal(unfold(x, 3, 2, 2, 2), F.unfold(x, 3, 2, 2, 2))
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_columns(dtype):
@@ -131,6 +136,7 @@ def test_strided_columns(dtype):
         assert torch.equal(ours, F.fold(view, (9, 9), 3, 1, 1, 1))
 
 
+@pytest.mark.usefixtures("backend")
 def test_one_image_without_batch():
     x = torch.randn(3, 8, 9)
     cols = unfold(x, 3, padding=1)
@@ -138,6 +144,7 @@ def test_one_image_without_batch():
     torch.testing.assert_close(fold(cols, (8, 9), 3, padding=1), F.fold(cols, (8, 9), 3, padding=1))
 
 
+@pytest.mark.usefixtures("backend")
 def test_empty_batch():
     x = torch.randn(0, 3, 8, 8, requires_grad=True)
     cols = unfold(x, 3)
@@ -147,6 +154,7 @@ def test_empty_batch():
     assert x.grad.shape == x.shape
 
 
+@pytest.mark.usefixtures("backend")
 def test_nan_stays_where_it_is_read():
     cols = torch.randn(2, 9, 49)
     cols[1, 4, 24] = float("nan")  # the centre of the patch around pixel (3, 3)
@@ -155,6 +163,8 @@ def test_nan_stays_where_it_is_read():
     assert torch.equal(unfold(image, 3, padding=1).isnan().sum((1, 2)), torch.tensor([0, 9]))
 
 
+@pytest.mark.interpreted(case=["3x3", "all-different"])
+@pytest.mark.usefixtures("backend")
 @pytest.mark.accuracy
 @pytest.mark.parametrize("case", ["3x3", "stem", "all-different", "long-row-strided"])
 def test_repeatable_and_batch_invariant(case):

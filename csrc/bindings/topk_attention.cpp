@@ -90,9 +90,10 @@ struct Gradients {
   bool any() const { return dq.numel() + dk.numel() + dv.numel() > 0; }
 };
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, std::optional<Tensor> q,
-                                            std::optional<Tensor> k, std::optional<Tensor> v,
-                                            Tensor indices, Tensor weights, int64_t keys,
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, std::optional<Tensor> /* out */,
+                                            std::optional<Tensor> q, std::optional<Tensor> k,
+                                            std::optional<Tensor> v, Tensor indices,
+                                            Tensor weights, int64_t topk, int64_t keys,
                                             double scale, bool heads_last, bool needs_q,
                                             bool needs_k, bool needs_v) {
   const int64_t dim = k.has_value() ? k->size(3) : q.has_value() ? q->size(3) : 0;
@@ -100,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, std::optional<Tensor> q
   const Gradients g(grad, s, heads_last, needs_q, needs_k, needs_v);
   if (g.any())
     topk_attention_backward(
-        dtype_of(grad), s, indices.size(3),
+        dtype_of(grad), s, topk,
         {head_rows(grad), head_rows(q), head_rows(k), head_rows(v),
          static_cast<const int32_t*>(indices.const_data_ptr()), weights.const_data_ptr(),
          Gradients::rows(g.dq), Gradients::rows(g.dk), Gradients::rows(g.dv)});

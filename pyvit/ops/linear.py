@@ -9,6 +9,7 @@ from pyvit.ops import _checks, _library
 
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("linear_weight_grad(Tensor grad, Tensor x) -> Tensor")
+_library.triton_kernels("linear", "linear", "linear_weight_grad")
 
 
 @_library.fake("linear")

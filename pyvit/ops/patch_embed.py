@@ -22,6 +22,9 @@ _library.define(
     "patch_embed_weight_grad(Tensor grad, Tensor image, Tensor? mean, Tensor? std, "
     "int[] weight_size, int[] stride, bool channels_last) -> Tensor"
 )
+_library.triton_kernels(
+    "patch_embed", "patch_embed", "patch_embed_image_grad", "patch_embed_weight_grad"
+)
 
 
 def _grid(image_size, weight_size, stride) -> tuple[int, int]:

@@ -19,6 +19,8 @@ _library.define(
     f"projected_step_momentum({_ARGUMENTS}, Tensor momentum, float decay) -> (Tensor, Tensor)"
 )
 
+_library.triton_kernels("projected_step", "projected_step", "projected_step_momentum")
+
 NORMS = ("linf", "l2", "l1")
 STEPS = ("sign", "raw")
 

@@ -8,13 +8,17 @@ from torch import Tensor
 from pyvit.ops import _checks, _library
 
 _NEEDS = "bool heads_last, bool needs_q, bool needs_k, bool needs_v"
+# What is saved of a selection differs. On the CPU: indices and weights, [B, H, Nq, topk] each, none
+# where every key is kept. On a GPU, where it is quicker to make tiles of scores again than to
+# gather rows: a bit for each key, and each row's largest score and sum of exponentials.
 _library.define(
     "topk_attention(Tensor q, Tensor k, Tensor v, int topk, float scale, bool save)"
-    " -> (Tensor out, Tensor indices, Tensor weights)"
+    " -> (Tensor out, Tensor selection, Tensor weights)"
 )
 _library.define(
-    "topk_attention_backward(Tensor grad, Tensor? q, Tensor? k, Tensor? v, Tensor indices,"
-    f" Tensor weights, int keys, float scale, {_NEEDS}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "topk_attention_backward(Tensor grad, Tensor? out, Tensor? q, Tensor? k, Tensor? v,"
+    f" Tensor selection, Tensor weights, int topk, int keys, float scale, {_NEEDS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 _library.define(
     "attention_with_penalty(Tensor q, Tensor k, Tensor v, int topk, float scale, bool save)"
@@ -25,6 +29,8 @@ _library.define(
     f" Tensor? grad_hoyer, Tensor? selection, float scale, {_NEEDS})"
     " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+_library.triton_kernels("topk_attention", "topk_attention", "attention_with_penalty")
+_library.triton_kernels("attention_backward", "topk_attention_backward", "attention_dense_backward")
 
 
 def _empty_rows(like, batch, heads, rows, columns, heads_last):
@@ -41,16 +47,21 @@ def _compute_dtype(value: Tensor) -> torch.dtype:
 @_library.fake("topk_attention")
 def _(q, k, v, topk, scale, save):
     batch, heads, queries, _ = q.shape
-    chosen = (batch, heads, queries, topk if save and topk < k.shape[2] else 0)
-    return (
-        _empty_rows(q, batch, heads, queries, v.shape[3], True),
-        q.new_empty(chosen, dtype=torch.int32),
-        q.new_empty(chosen, dtype=_compute_dtype(q)),
-    )
+    keys, rows = k.shape[2], (batch, heads, queries)
+    out = _empty_rows(q, batch, heads, queries, v.shape[3], True)
+    chosen = save and topk < keys
+    if _library.runs_on_gpu(q):
+        bits = q.new_empty((*rows, (keys + 7) // 8 if chosen else 0), dtype=torch.uint8)
+        return out, bits, q.new_empty((*rows, 2 if save else 0), dtype=torch.float32)
+    columns = topk if chosen else 0
+    indices = q.new_empty((*rows, columns), dtype=torch.int32)
+    return out, indices, q.new_empty((*rows, columns), dtype=_compute_dtype(q))
 
 
 @_library.fake("topk_attention_backward")
-def _(grad, q, k, v, indices, weights, keys, scale, heads_last, needs_q, needs_k, needs_v):
+def _(
+    grad, out, q, k, v, selection, weights, topk, keys, scale, heads_last, needs_q, needs_k, needs_v
+):
     batch, heads, queries, value_dim = grad.shape
 
     def rows(wanted, count, columns):
@@ -110,29 +121,32 @@ def _wanted(gradients, needs):
 
 
 class _Selected(torch.autograd.Function):
-    """topk < keys, gradients through the chosen keys: saves which they are and their weights."""
+    """Gradients through the chosen keys, as the forward pass saved them."""
 
     @staticmethod
     def forward(ctx, q, k, v, topk, scale):
-        out, indices, weights = torch.ops.pyvit.topk_attention(q, k, v, topk, scale, True)
+        out, selection, weights = torch.ops.pyvit.topk_attention(q, k, v, topk, scale, True)
         ctx.needs = needs_q, needs_k, _ = ctx.needs_input_grad[:3]
+        wants_scores = needs_q or needs_k
+        again = _library.runs_on_gpu(q)  # makes the scores again
         ctx.save_for_backward(
-            q if needs_k else None,
-            k if needs_q else None,
-            v if needs_q or needs_k else None,
-            indices,
+            out if again and wants_scores else None,
+            q if needs_k or again else None,
+            k if needs_q or again else None,
+            v if wants_scores else None,
+            selection,
             weights,
         )
-        ctx.keys, ctx.scale, ctx.heads_last = k.shape[2], scale, _heads_last(q)
+        ctx.topk, ctx.keys = topk, k.shape[2]
+        ctx.scale, ctx.heads_last = scale, _heads_last(q)
         return out
 
     @staticmethod
     @_library.once_differentiable("topk_attention")
     def backward(ctx, grad):
-        q, k, v, indices, weights = ctx.saved_tensors
         gradients = torch.ops.pyvit.topk_attention_backward(
-            _unit_columns(grad), q, k, v, indices, weights, ctx.keys, ctx.scale, ctx.heads_last,
-            *ctx.needs,
+            _unit_columns(grad), *ctx.saved_tensors, ctx.topk, ctx.keys, ctx.scale,
+            ctx.heads_last, *ctx.needs,
         )  # fmt: skip
         return *_wanted(gradients, ctx.needs), None, None
 
@@ -248,9 +262,10 @@ def topk_attention(
     the queries that kept key j.
 
     Once differentiable in q, k, v; only wanted gradients are computed. For backward, "selected"
-    keeps Nq·topk indices (int32) and weights (float32) a head, and of q, k, v what the wanted
-    gradients need; "dense", and ``topk >= Nk``, keep q, k, v alone. No Nq × Nk matrix is ever
-    in memory. Deterministic and batch-invariant, forward and backward: the result for one
+    keeps on the CPU Nq·topk indices (int32) and weights (float32) a head, and of q, k, v what
+    the wanted gradients need; on a GPU a bit for each query and key, q, k, v and the result;
+    "dense", and ``topk >= Nk``, keep q, k, v alone. No Nq × Nk matrix of numbers is ever in
+    memory. Deterministic and batch-invariant, forward and backward: the result for one
     image is the same bits alone and in any batch, with any number of threads.
 
     Raises:
@@ -276,7 +291,8 @@ def topk_attention(
     _checks.choice(op, "backward", backward, ("selected", "dense"))
     if not _library.needs_grad(q, k, v):
         return torch.ops.pyvit.topk_attention(q, k, v, topk, scale, False)[0]
-    if backward == "dense" or topk >= k.shape[2]:
+    all_kept = topk >= k.shape[2] and not _library.runs_on_gpu(q)  # nothing is saved of that
+    if backward == "dense" or all_kept:
         return _Dense.apply(q, k, v, topk, scale)
     return _Selected.apply(q, k, v, topk, scale)
 

@@ -10,6 +10,7 @@ from pyvit.ops import _checks, _library
 _GEOMETRY = "int[] kernel_size, int[] dilation, int[] padding, int[] stride"
 _library.define(f"unfold(Tensor x, {_GEOMETRY}) -> Tensor")
 _library.define(f"fold(Tensor cols, int[] output_size, {_GEOMETRY}) -> Tensor")
+_library.triton_kernels("unfold", "unfold", "fold")
 
 # A geometry is (kernel_size, dilation, padding, stride), each (vertical, horizontal).
 

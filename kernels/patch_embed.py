@@ -1,0 +1,266 @@
+"""Fused patch embedding on a GPU, and the gradients of the image and the weight.
+
+Three matrix products whose operands or results are patches of the image where they lie: no patch
+matrix is in memory. A block of tokens reads its pixels, normalises them on the way, and adds bias,
+position and class token on the way out. The image's gradient writes each product back as the
+pixels of its patch, and divides by std. The weight's gradient sums over tokens, in parts of a
+number that the sizes alone decide; a second kernel adds the parts up, always in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyvit.kernels import tuning
+from pyvit.kernels.conv2d import _add_parts_kernel
+
+# ---- launch policy ------------------------------------------------------------------------------
+
+TOKENS_OF_A_PART = 2048  # of the weight's gradient, at least
+MOST_PARTS = 32
+
+
+def configuration(kind: str) -> dict[str, int]:
+    """Tile of a product: rows (tokens, or features), columns, and what is summed at once."""
+    if kind != "half":  # "ieee" has as many registers as terms
+        terms = 16 if kind == "ieee" else 32
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": terms, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+
+
+def _precision() -> str:
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def _kind(tensor: Tensor) -> str:
+    return tuning.product_kind(tensor, torch.backends.cudnn.allow_tf32)
+
+
+# ---- the launches -------------------------------------------------------------------------------
+
+
+def patch_embed(image, weight, bias, pos_embed, cls_token, mean, std, stride) -> Tensor:
+    """``pyvit::patch_embed``; arguments as the schema has them, any strides."""
+    batch, channels, height, width = image.shape
+    dim, _, patch_y, patch_x = weight.shape
+    rows, columns = (height - patch_y) // stride[0] + 1, (width - patch_x) // stride[1] + 1
+    first = int(cls_token is not None)
+    out = weight.new_empty((batch, rows * columns + first, dim))
+    if out.numel() == 0:
+        return out
+    kind = _kind(weight)
+    tile = tuning.chosen(weight, f"patch_embed {kind}", configuration(kind))
+    tokens = batch * rows * columns
+    grid = (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(dim, tile["BLOCK_N"]),)
+
+    def or_any(value):  # a pointer that is not read
+        return weight if value is None else value
+
+    _tokens_kernel[grid](
+        *(image, weight, or_any(bias), or_any(pos_embed), or_any(cls_token), or_any(mean)),
+        *(or_any(std), out, tokens, dim, channels, rows, columns, patch_y, patch_x, *stride),
+        *(*image.stride(), *weight.stride()),
+        BIAS=bias is not None,
+        POSITION=pos_embed is not None,
+        CLASS=cls_token is not None,
+        MEAN=mean is not None,
+        STD=std is not None,
+        BYTES=image.dtype == torch.uint8,
+        PRECISION=_precision(),
+        **tile,
+    )
+    return out
+
+
+def patch_embed_image_grad(grad, weight, std, image_size, stride, channels_last) -> Tensor:
+    """``pyvit::patch_embed_image_grad``: patches do not overlap."""
+    batch, channels, height, width = image_size
+    dim, _, patch_y, patch_x = weight.shape
+    rows, columns = (height - patch_y) // stride[0] + 1, (width - patch_x) // stride[1] + 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    whole = rows * patch_y == height and columns * patch_x == width
+    out = torch.empty(image_size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    if not whole:
+        out.zero_()  # pixels that no patch has
+    if out.numel() == 0:
+        return out
+    tile = configuration(_kind(grad))
+    tokens, pixels = batch * rows * columns, channels * patch_y * patch_x
+    grid = (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(pixels, tile["BLOCK_N"]),)
+    patches = grad[:, grad.shape[1] - rows * columns :]
+    _image_kernel[grid](
+        *(patches, weight, weight if std is None else std, out),
+        *(tokens, dim, channels, rows, columns, patch_y, patch_x, *stride),
+        *(*patches.stride(), *weight.stride(), *out.stride()),
+        STD=std is not None,
+        PRECISION=_precision(),
+        **tile,
+    )
+    return out
+
+
+def patch_embed_weight_grad(grad, image, mean, std, weight_size, stride, channels_last) -> Tensor:
+    """``pyvit::patch_embed_weight_grad``; arguments as the schema has them, any strides."""
+    dim, channels, patch_y, patch_x = weight_size
+    batch, _, height, width = image.shape
+    rows, columns = (height - patch_y) // stride[0] + 1, (width - patch_x) // stride[1] + 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(weight_size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    if out.numel() == 0:
+        return out
+    tokens, pixels = batch * rows * columns, channels * patch_y * patch_x
+    parts = max(1, min(MOST_PARTS, tokens // TOKENS_OF_A_PART))
+    sums = grad.new_empty((parts, dim, pixels), dtype=torch.float32)
+    tile = configuration(_kind(grad))
+    blocks = triton.cdiv(dim, tile["BLOCK_M"]) * triton.cdiv(pixels, tile["BLOCK_N"])
+    patches = grad[:, grad.shape[1] - rows * columns :]
+    _weight_kernel[(blocks * parts,)](
+        *(patches, image, grad if mean is None else mean, grad if std is None else std, sums),
+        *(tokens, triton.cdiv(tokens, parts), dim, channels, rows, columns, patch_y, patch_x),
+        *(*stride, *patches.stride(), *image.stride()),
+        MEAN=mean is not None,
+        STD=std is not None,
+        BYTES=image.dtype == torch.uint8,
+        PRECISION=_precision(),
+        **tile,
+    )
+    _add_parts_kernel[(triton.cdiv(out.numel(), 1024),)](
+        *(sums, out, parts, out.numel(), channels, patch_y, patch_x, *out.stride()), TILE=1024
+    )
+    return out
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pixels(
+    image, mean, std, at, c, mask, like, MEAN: tl.constexpr, STD: tl.constexpr, BYTES: tl.constexpr
+):
+    """Normalised pixels of a tile, in the type of ``like``; c and its mask spread over it."""
+    value = tl.load(image + at, mask, other=0)
+    if not (BYTES or MEAN or STD):
+        return value.to(like.dtype.element_ty)
+    value = value.to(tl.float32)
+    if BYTES:
+        value = value * (1.0 / 255.0)
+    if MEAN:
+        value -= tl.load(mean + c, mask, other=0.0).to(tl.float32)
+    if STD:
+        value = value / tl.load(std + c, mask, other=1.0).to(tl.float32)
+    return tl.where(mask, value, 0.0).to(like.dtype.element_ty)
+
+
+@triton.jit
+def _tokens_kernel(
+    image, weight, bias, position, class_token, mean, std, out,
+    tokens, dim, channels, rows, columns, patch_y, patch_x, stride_y, stride_x,
+    i_b, i_c, i_y, i_x, w_d, w_c, w_y, w_x,
+    BIAS: tl.constexpr, POSITION: tl.constexpr, CLASS: tl.constexpr, MEAN: tl.constexpr,
+    STD: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(dim, BLOCK_N)
+    program = tl.program_id(0)
+    t = program // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = program % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    per_image = rows * columns
+    b, patch = (t // per_image).to(tl.int64), t % per_image
+    corner = b * i_b + (patch // columns * stride_y) * i_y + (patch % columns * stride_x) * i_x
+    products = channels * patch_y * patch_x
+    result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, products, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        c, i, j = k // (patch_y * patch_x), k // patch_x % patch_y, k % patch_x
+        at = corner[:, None] + (c * i_c + i * i_y + j * i_x)[None, :]
+        mask = (t < tokens)[:, None] & (k < products)[None, :]
+        pixels = _pixels(image, mean, std, at, c[None, :], mask, weight, MEAN, STD, BYTES)
+        w_at = (c * w_c + i * w_y + j * w_x)[:, None] + (d * w_d)[None, :]
+        factors = tl.load(weight + w_at, (k < products)[:, None] & (d < dim)[None, :], other=0.0)
+        result = tl.dot(pixels, factors, result, input_precision=PRECISION)
+    here = d < dim
+    if BIAS:
+        result += tl.load(bias + d, here, other=0.0).to(tl.float32)[None, :]
+    first = 0
+    if CLASS:
+        first = 1
+    mask = (t < tokens)[:, None] & here[None, :]
+    if POSITION:
+        of_token = (patch + first)[:, None] * dim + d[None, :]
+        result += tl.load(position + of_token, mask, other=0.0).to(tl.float32)
+    row = b * (per_image + first) + patch + first
+    to = out + row[:, None] * dim + d[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), mask)
+    if CLASS:  # whoever has an image's first patch writes its class token
+        token = tl.load(class_token + d, here, other=0.0).to(tl.float32)
+        if POSITION:
+            token += tl.load(position + d, here, other=0.0).to(tl.float32)
+        value = tl.broadcast_to(token[None, :], [BLOCK_M, BLOCK_N]).to(out.dtype.element_ty)
+        to_class = out + (b * (per_image + 1))[:, None] * dim + d[None, :]
+        tl.store(to_class, value, mask & (patch == 0)[:, None])
+
+
+@triton.jit
+def _image_kernel(
+    grad, weight, std, out, tokens, dim, channels, rows, columns, patch_y, patch_x,
+    stride_y, stride_x, g_b, g_n, g_d, w_d, w_c, w_y, w_x, o_b, o_c, o_y, o_x,
+    STD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pixels = channels * patch_y * patch_x
+    across = tl.cdiv(pixels, BLOCK_N)
+    program = tl.program_id(0)
+    t = program // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = program % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    per_image = rows * columns
+    b, patch = (t // per_image).to(tl.int64), t % per_image
+    c, i, j = n // (patch_y * patch_x), n // patch_x % patch_y, n % patch_x
+    result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, dim, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        g_at = (b * g_b + patch.to(tl.int64) * g_n)[:, None] + k[None, :] * g_d
+        left = tl.load(grad + g_at, (t < tokens)[:, None] & (k < dim)[None, :], other=0.0)
+        w_at = (k * w_d)[:, None] + (c * w_c + i * w_y + j * w_x)[None, :]
+        right = tl.load(weight + w_at, (k < dim)[:, None] & (n < pixels)[None, :], other=0.0)
+        result = tl.dot(left, right, result, input_precision=PRECISION)
+    if STD:
+        result = result / tl.load(std + c, n < pixels, other=1.0).to(tl.float32)[None, :]
+    y = (patch // columns * stride_y)[:, None] + i[None, :]
+    x = (patch % columns * stride_x)[:, None] + j[None, :]
+    to = (b * o_b)[:, None] + (c * o_c)[None, :] + y.to(tl.int64) * o_y + x * o_x
+    mask = (t < tokens)[:, None] & (n < pixels)[None, :]
+    tl.store(out + to, result.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _weight_kernel(
+    grad, image, mean, std, sums, tokens, each, dim, channels, rows, columns, patch_y, patch_x,
+    stride_y, stride_x, g_b, g_n, g_d, i_b, i_c, i_y, i_x,
+    MEAN: tl.constexpr, STD: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    pixels = channels * patch_y * patch_x
+    across, down = tl.cdiv(pixels, BLOCK_N), tl.cdiv(dim, BLOCK_M)
+    program = tl.program_id(0)
+    n = program % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = program // across % down * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = (program // (across * down)).to(tl.int64)
+    c, i, j = n // (patch_y * patch_x), n // patch_x % patch_y, n % patch_x
+    per_image = rows * columns
+    result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    last = tl.minimum((part + 1) * each, tokens)
+    for start in range(part * each, last, BLOCK_K):
+        t = start + tl.arange(0, BLOCK_K)
+        b, patch = t // per_image, t % per_image
+        g_at = (d * g_d)[:, None] + (b * g_b + patch * g_n)[None, :]
+        left = tl.load(grad + g_at, (d < dim)[:, None] & (t < last)[None, :], other=0.0)
+        corner = b * i_b + (patch // columns * stride_y) * i_y + (patch % columns * stride_x) * i_x
+        at = corner[:, None] + (c * i_c + i * i_y + j * i_x)[None, :]
+        mask = (t < last)[:, None] & (n < pixels)[None, :]
+        right = _pixels(image, mean, std, at, c[None, :], mask, grad, MEAN, STD, BYTES)
+        result = tl.dot(left, right, result, input_precision=PRECISION)
+    to = sums + (part * dim + d)[:, None] * pixels + n[None, :]
+    tl.store(to, result, (d < dim)[:, None] & (n < pixels)[None, :])
