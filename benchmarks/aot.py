@@ -33,7 +33,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # with it there is nothing to compile
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # with it there is nothing to compile
 
 import torch
 import triton
