@@ -140,12 +140,13 @@ def repeat(
 def run_all(
     cases: list[Case],
     options: Options,
-    described: dict[str, str | int],
-    file: Path | None,
+    described: dict[str, str | int] | None = None,
+    file: Path | None = None,
 ) -> tuple[list[Result], machine.Peaks]:
     """Every case in order, and the machine's ceilings, measured before and after them.
 
-    ``file`` has the rows so far after each: a run that is stopped leaves what it measured.
+    ``file`` has the rows so far after each, and the machine as ``described``: a run that is
+    stopped leaves what it measured.
     """
     quick = options.quick or not options.timed
     peaks = machine.measure_peaks(quick, options.device)
@@ -153,7 +154,7 @@ def run_all(
     for case in _shown(cases):
         results.append(run(case, options))
         if file:
-            report.write_json(file, results, described, peaks)
+            report.write_json(file, results, described or machine.describe(), peaks)
     return results, peaks.best_with(machine.measure_peaks(quick, options.device))
 
 

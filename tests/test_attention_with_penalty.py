@@ -41,7 +41,7 @@ def grads_like(arguments):
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.interpreted(shape=INTERPRETED_SHAPES)
+@pytest.mark.interpreted(shape=INTERPRETED_SHAPES, dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)

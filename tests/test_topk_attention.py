@@ -54,7 +54,7 @@ def assert_accurate(ours, arguments, selection, grad, theirs=None):
 # ---- values ---------------------------------------------------------------------------------
 
 
-@pytest.mark.interpreted(shape=INTERPRETED_SHAPES)
+@pytest.mark.interpreted(shape=INTERPRETED_SHAPES, dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -74,6 +74,7 @@ def test_as_accurate_as_torch(shape, dtype, backend):
         assert_accurate(ours, arguments, selection, grad, theirs)
 
 
+@pytest.mark.interpreted(shape=["rectangular", "odd"], dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("backend")
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,6 +148,7 @@ def test_scale(scale):
 # ---- selection ------------------------------------------------------------------------------
 
 
+@pytest.mark.interpreted(dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ties_go_to_the_lowest_index(dtype, backend):
