@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyvit.kernels import tuning
+from pyvit.kernels.attention_tiles import chosen_bits, products_of_rows, rows_at
 
 # ---- launch policy ------------------------------------------------------------------------------
 
@@ -157,16 +158,8 @@ def _gradients(
     bits = outside_tail if penalty else softmax if chosen is None else chosen
     values = v if needs_q or needs_k else grad
     shared = (
-        *(
-            q,
-            k,
-            values,
-            grad,
-            bits,
-            softmax,
-            delta,
-            *((norm, grad_tail) if penalty else (softmax, softmax)),
-        ),
+        *(q, k, values, grad, bits, softmax, delta),
+        *((norm, grad_tail) if penalty else (softmax, softmax)),
         *(heads, queries, keys, dim, value_dim, scale),
         *(*q.stride()[:3], *k.stride()[:3], *values.stride()[:3], *grad.stride()[:3]),
     )
@@ -192,55 +185,7 @@ def _gradients(
     return dq, dk, dv
 
 
-# ---- tiles --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _rows(pointer, stride, i, rows, columns, WIDTH: tl.constexpr):
-    """[i, WIDTH], zero past the end."""
-    c = tl.arange(0, WIDTH)
-    inside = (i[:, None] < rows) & (c[None, :] < columns)
-    return tl.load(pointer + i[:, None].to(tl.int64) * stride + c[None, :], inside, other=0.0)
-
-
-@triton.jit
-def _columns(pointer, stride, i, rows, columns, WIDTH: tl.constexpr):
-    """[WIDTH, i], the same transposed."""
-    c = tl.arange(0, WIDTH)
-    inside = (i[None, :] < rows) & (c[:, None] < columns)
-    return tl.load(pointer + i[None, :].to(tl.int64) * stride + c[:, None], inside, other=0.0)
-
-
-@triton.jit
-def _products(
-    tile, left, l_stride, i, lefts, right, r_stride, j, rights, columns,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """[i, j]: rows of one matrix with rows of another.
-
-    The first are ``tile`` where CHUNK is WIDTH; else so many terms at a time are summed, of rows
-    read anew: float32 products have no matrix instruction, and as many registers as terms.
-    """
-    if CHUNK == WIDTH:
-        turned = _columns(right, r_stride, j, rights, columns, WIDTH)
-        return tl.dot(tile, turned, input_precision=PRECISION)
-    else:
-        sums = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-        for start in range(0, columns, CHUNK):
-            some = _rows(left + start, l_stride, i, lefts, columns - start, CHUNK)
-            turned = _columns(right + start, r_stride, j, rights, columns - start, CHUNK)
-            sums = tl.dot(some, turned, sums, input_precision=PRECISION)
-        return sums
-
-
-@triton.jit
-def _chosen(bits, head, first, m, n, queries, keys):
-    """Whether query first + m chose key n, where m and n are shaped to give a tile."""
-    of_row = (keys + 7) // 8
-    bits += (head.to(tl.int64) * queries + first) * of_row
-    inside = (m < queries - first) & (n < keys)
-    byte = tl.load(bits + (m * of_row + n // 8), inside, other=0).to(tl.int32)
-    return inside & ((byte >> (n % 8)) % 2 != 0)
+# ---- kernels ------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -262,9 +207,6 @@ def _score_gradients(
     if PENALTY:
         products += weights * (norm + tl.where(chosen, 0.0, tail))
     return weights * (products - delta) * scale
-
-
-# ---- kernels ------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -303,10 +245,10 @@ def _terms_kernel(
     v += b * v_b + h * v_h
     grad += b * g_b + h * g_h
     VALUE_CHUNK: tl.constexpr = VALUE_WIDTH if CHUNK == WIDTH else CHUNK
-    rows = _rows(q, q_n, m, queries, dim, WIDTH)
+    rows = rows_at(q, q_n, m, queries, dim, WIDTH)
     grads = rows
     if SCORES:
-        grads = _rows(grad, g_n, m, queries, value_dim, VALUE_WIDTH)
+        grads = rows_at(grad, g_n, m, queries, value_dim, VALUE_WIDTH)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)  # Σ e, and with it Σ e·dP, Σ e², Σ e² over the tail
     products = tl.zeros([BLOCK], tl.float32)
@@ -314,7 +256,9 @@ def _terms_kernel(
     tails = tl.zeros([BLOCK], tl.float32)
     for start in range(0, keys, STEP):
         n = start + tl.arange(0, STEP)
-        scores = _products(rows, q, q_n, m, queries, k, k_n, n, keys, dim, WIDTH, CHUNK, PRECISION)
+        scores = products_of_rows(
+            rows, q, q_n, m, queries, k, k_n, n, keys, dim, WIDTH, CHUNK, PRECISION
+        )
         scores *= scale
         counts = tl.broadcast_to(n[None, :] < keys, [BLOCK, STEP])
         # A NaN score must show: maximum() would drop it here and keep it out of the sum below.
@@ -323,7 +267,7 @@ def _terms_kernel(
         exponentials = tl.where(counts, tl.exp(scores - highest[:, None]), 0.0)
         sums = sums * factor + tl.sum(exponentials, 1)
         if SCORES:
-            dp = _products(
+            dp = products_of_rows(
                 grads, grad, g_n, m, queries, v, v_n, n, keys, value_dim,
                 VALUE_WIDTH, VALUE_CHUNK, PRECISION,
             )  # fmt: skip
@@ -331,7 +275,7 @@ def _terms_kernel(
         if PENALTY:
             square = exponentials * exponentials
             squares = squares * factor * factor + tl.sum(square, 1)
-            kept = _chosen(bits, head, first, (m - first)[:, None], n[None, :], queries, keys)
+            kept = chosen_bits(bits, head, first, (m - first)[:, None], n[None, :], queries, keys)
             tails = tails * factor * factor + tl.sum(tl.where(kept, 0.0, square), 1)
         top = tl.where(highest == float("-inf"), top, highest)
     there = m < queries
@@ -382,21 +326,23 @@ def _queries_kernel(
         of_norm = tl.load(norm + at, there, other=0.0)
         tail = 2.0 * tl.load(grad_tail + at, there, other=0.0)
     VALUE_CHUNK: tl.constexpr = VALUE_WIDTH if CHUNK == WIDTH else CHUNK
-    rows = _rows(q, q_n, m, queries, dim, WIDTH)
-    grads = _rows(grad, g_n, m, queries, value_dim, VALUE_WIDTH)
+    rows = rows_at(q, q_n, m, queries, dim, WIDTH)
+    grads = rows_at(grad, g_n, m, queries, value_dim, VALUE_WIDTH)
     sums = tl.zeros([BLOCK, WIDTH], tl.float32)
     for start in range(0, keys, STEP):
         n = start + tl.arange(0, STEP)
-        scores = _products(rows, q, q_n, m, queries, k, k_n, n, keys, dim, WIDTH, CHUNK, PRECISION)
+        scores = products_of_rows(
+            rows, q, q_n, m, queries, k, k_n, n, keys, dim, WIDTH, CHUNK, PRECISION
+        )
         scores *= scale
         counts = tl.broadcast_to(n[None, :] < keys, [BLOCK, STEP])
         chosen = counts
         if MASKED or PENALTY:
-            chosen = _chosen(bits, head, first, (m - first)[:, None], n[None, :], queries, keys)
+            chosen = chosen_bits(bits, head, first, (m - first)[:, None], n[None, :], queries, keys)
         if MASKED:
             counts = chosen
         weights = _weights(counts, scores, top[:, None], total[:, None], ONE)
-        dp = _products(
+        dp = products_of_rows(
             grads, grad, g_n, m, queries, v, v_n, n, keys, value_dim,
             VALUE_WIDTH, VALUE_CHUNK, PRECISION,
         )  # fmt: skip
@@ -404,7 +350,7 @@ def _queries_kernel(
             weights, dp, chosen, of_row[:, None], of_norm[:, None], tail[:, None], scale,
             PENALTY, ONE,
         )  # fmt: skip
-        again = _rows(k, k_n, n, keys, dim, WIDTH)
+        again = rows_at(k, k_n, n, keys, dim, WIDTH)
         sums = tl.dot(ds.to(again.dtype), again, sums, input_precision=PRECISION)
     c = tl.arange(0, WIDTH)
     to = dq + b * dq_b + h * dq_h + m[:, None].to(tl.int64) * dq_n + c[None, :]
@@ -431,10 +377,10 @@ def _keys_kernel(
     v += b * v_b + h * v_h
     grad += b * g_b + h * g_h
     VALUE_CHUNK: tl.constexpr = VALUE_WIDTH if CHUNK == WIDTH else CHUNK
-    of_keys = _rows(k, k_n, n, keys, dim, WIDTH)
+    of_keys = rows_at(k, k_n, n, keys, dim, WIDTH)
     of_values = of_keys
     if KEYS:
-        of_values = _rows(v, v_n, n, keys, value_dim, VALUE_WIDTH)
+        of_values = rows_at(v, v_n, n, keys, value_dim, VALUE_WIDTH)
     sum_k = tl.zeros([BLOCK, WIDTH], tl.float32)
     sum_v = tl.zeros([BLOCK, VALUE_WIDTH], tl.float32)
     for start in range(0, queries, STEP):
@@ -443,22 +389,22 @@ def _keys_kernel(
         at = head.to(tl.int64) * queries + m
         top = tl.load(softmax + 2 * at, there, other=0.0)
         total = tl.load(softmax + 2 * at + 1, there, other=1.0)
-        scores = _products(  # [keys, queries]
+        scores = products_of_rows(  # [keys, queries]
             of_keys, k, k_n, n, keys, q, q_n, m, queries, dim, WIDTH, CHUNK, PRECISION
         )
         scores *= scale
         counts = there[None, :] & (n[:, None] < keys)
         chosen = counts
         if MASKED or PENALTY:
-            chosen = _chosen(bits, head, start, (m - start)[None, :], n[:, None], queries, keys)
+            chosen = chosen_bits(bits, head, start, (m - start)[None, :], n[:, None], queries, keys)
         if MASKED:
             counts = chosen
         weights = _weights(counts, scores, top[None, :], total[None, :], ONE)
         if VALUES:
-            grads = _rows(grad, g_n, m, queries, value_dim, VALUE_WIDTH)
+            grads = rows_at(grad, g_n, m, queries, value_dim, VALUE_WIDTH)
             sum_v = tl.dot(weights.to(grads.dtype), grads, sum_v, input_precision=PRECISION)
         if KEYS:
-            dp = _products(
+            dp = products_of_rows(
                 of_values, v, v_n, n, keys, grad, g_n, m, queries, value_dim,
                 VALUE_WIDTH, VALUE_CHUNK, PRECISION,
             )  # fmt: skip
@@ -472,7 +418,7 @@ def _keys_kernel(
             ds = _score_gradients(
                 weights, dp, chosen, at_row, at_norm, at_tail, scale, PENALTY, ONE
             )
-            again = _rows(q, q_n, m, queries, dim, WIDTH)
+            again = rows_at(q, q_n, m, queries, dim, WIDTH)
             sum_k = tl.dot(ds.to(again.dtype), again, sum_k, input_precision=PRECISION)
     c, e = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
     row = n[:, None].to(tl.int64)

@@ -20,6 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from pyvit.kernels import tuning
+from pyvit.kernels.attention_tiles import (
+    kept_keys,
+    marked_weights,
+    rows_from,
+    scores_of_keys,
+    store_bits,
+    stored_bits,
+)
 from pyvit.kernels.select import is_open, next_probe, order_keys, score_of
 
 # ---- launch policy ------------------------------------------------------------------------------
@@ -135,84 +143,7 @@ def _launch_forward(
     return out
 
 
-# ---- tiles --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _rows(pointer, start, i, stride, rows, columns, WIDTH: tl.constexpr):
-    """Rows start + i of a matrix, [i, WIDTH], zero past the ends."""
-    c = tl.arange(0, WIDTH)
-    inside = (i[:, None] < rows - start) & (c[None, :] < columns)
-    start = tl.cast(start, tl.int64)
-    return tl.load(pointer + start * stride + i[:, None] * stride + c[None, :], inside, other=0.0)
-
-
-@triton.jit
-def _scores(
-    rows, q, first_row, m, q_n, queries, k, start, n, k_n, keys, dim, scale,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of a block of queries with the keys start + n; 0 past the last (NaN in a row of inf).
-
-    Where CHUNK is less than WIDTH the products are summed so many at a time, with no use of
-    ``rows``, the block's queries: float32 products have no matrix instruction, and as many
-    registers as there are terms.
-    """
-    k += tl.cast(start, tl.int64) * k_n
-    there = n[None, :] < keys - start
-    if CHUNK == WIDTH:
-        c = tl.arange(0, WIDTH)
-        at = n[None, :] * k_n + c[:, None]
-        tile = tl.load(k + at, there & (c[:, None] < dim), other=0.0)
-        scores = tl.dot(rows, tile, input_precision=PRECISION)
-    else:
-        scores = tl.zeros([m.shape[0], n.shape[0]], tl.float32)
-        q += tl.cast(first_row, tl.int64) * q_n
-        for part in range(0, dim, CHUNK):
-            c = part + tl.arange(0, CHUNK)
-            inside = (m[:, None] < queries - first_row) & (c[None, :] < dim)
-            some = tl.load(q + m[:, None] * q_n + c[None, :], inside, other=0.0)
-            at = n[None, :] * k_n + c[:, None]
-            tile = tl.load(k + at, there & (c[:, None] < dim), other=0.0)
-            scores = tl.dot(some, tile, scores, input_precision=PRECISION)
-    return scores * scale
-
-
-@triton.jit
-def _kept(scores, low, last, n, SELECTS: tl.constexpr):
-    """Scores above `low`, and those at it up to the key `last`; past the last key none."""
-    if SELECTS:
-        return (scores > low[:, None]) | ((scores == low[:, None]) & (n[None, :] <= last[:, None]))
-    else:
-        return tl.broadcast_to(n[None, :] <= last[:, None], scores.shape)
-
-
-@triton.jit
-def _store_bits(selection, row, start, of_row, there, marked, M: tl.constexpr, N: tl.constexpr):
-    """Eight keys a byte, the first in the lowest bit. Added up as words: fewer sums."""
-    kept = marked.to(tl.int32, bitcast=True) >= 0  # a zero has a sign, too
-    WORD: tl.constexpr = min(N, 32)
-    bits = kept.to(tl.int32).reshape(M, N // WORD, WORD) << tl.arange(0, WORD)[None, None, :]
-    bytes = tl.sum(bits, 2)[:, :, None] >> (8 * tl.arange(0, WORD // 8))[None, None, :]
-    byte = start // 8 + tl.arange(0, N // 8)[None, :]
-    inside = there[:, None] & (byte < of_row)
-    at = row[:, None] * of_row + byte
-    tl.store(selection + at, bytes.reshape(M, N // 8).to(tl.uint8), inside)
-
-
-@triton.jit
-def _bits_of(selection, row, keys, of_row, there, n):
-    """What _store_bits left of the keys n."""
-    inside = there[:, None] & (n[None, :] < keys)
-    byte = tl.load(selection + row[:, None] * of_row + n[None, :] // 8, inside, other=0)
-    return ((byte.to(tl.int32) >> (n[None, :] % 8)) & 1) != 0
-
-
-@triton.jit
-def _marked(scores, top, kept):
-    """Weights before their division by a row's sum; those of dropped keys have a minus sign."""
-    weights = tl.abs(tl.exp(scores - top[:, None]))
-    return tl.where(kept, weights, -weights)
+# ---- forward ------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -227,16 +158,16 @@ def _with_extremes(
     dropped the key. Which were kept is read from the bits; what is inf or NaN among the values is
     added to those rows alone, key by key."""
     n, e = tl.arange(0, N), tl.arange(0, VALUE_WIDTH)
-    rows = _rows(q, first_row, m, q_n, queries, dim, WIDTH)
+    rows = rows_from(q, first_row, m, q_n, queries, dim, WIDTH)
     result = tl.zeros([M, VALUE_WIDTH], tl.float32)
     for start in range(0, keys, N):
-        scores = _scores(
+        scores = scores_of_keys(
             rows, q, first_row, m, q_n, queries, k, start, n, k_n, keys, dim, scale,
             WIDTH, CHUNK, PRECISION,
         )  # fmt: skip
-        kept = _bits_of(selection, row, keys, of_row, there, start + n)
+        kept = stored_bits(selection, row, keys, of_row, there, start + n)
         weights = tl.where(kept, tl.exp(scores - top[:, None]), 0.0)
-        values = _rows(v, start, n, v_n, keys, value_dim, VALUE_WIDTH)
+        values = rows_from(v, start, n, v_n, keys, value_dim, VALUE_WIDTH)
         wide = values.to(tl.float32)
         finite = tl.abs(wide) < float("inf")
         cleaned = tl.where(finite, wide, 0.0).to(values.dtype)
@@ -251,9 +182,6 @@ def _with_extremes(
             value = tl.where(tl.abs(value) < float("inf"), 0.0, value)
             result = tl.where(has[:, None], result + value[None, :], result)
     return result
-
-
-# ---- forward ------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -275,14 +203,14 @@ def _forward_kernel(
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
-    rows = _rows(q, first_row, m, q_n, queries, dim, WIDTH)
+    rows = rows_from(q, first_row, m, q_n, queries, dim, WIDTH)
 
     # The range of each row, its mean and deviation. Scores past the last key are 0: sums need no
     # mask, and the least score may be taken for less than it is.
     if RESIDENT:
         # The values are fetched now, while there are registers to fetch them through.
-        values = _rows(v, 0, n, v_n, keys, value_dim, VALUE_WIDTH)
-        scores = _scores(
+        values = rows_from(v, 0, n, v_n, keys, value_dim, VALUE_WIDTH)
+        scores = scores_of_keys(
             rows, q, first_row, m, q_n, queries, k, 0, n, k_n, keys, dim, scale,
             WIDTH, CHUNK, PRECISION,
         )  # fmt: skip
@@ -297,7 +225,7 @@ def _forward_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         squares = tl.zeros([BLOCK_M], tl.float32)
         for start in range(0, keys, BLOCK_N):
-            scores = _scores(
+            scores = scores_of_keys(
                 rows, q, first_row, m, q_n, queries, k, start, n, k_n, keys, dim, scale,
                 WIDTH, CHUNK, PRECISION,
             )  # fmt: skip
@@ -332,7 +260,7 @@ def _forward_kernel(
                 past = tl.cdiv(keys, BLOCK_N) * BLOCK_N - keys  # whose scores are 0
                 count = tl.where(limit <= 0, -past, 0)
                 for start in range(0, keys, BLOCK_N):
-                    tile = _scores(
+                    tile = scores_of_keys(
                         rows, q, first_row, m, q_n, queries, k, start, n, k_n, keys, dim, scale,
                         WIDTH, CHUNK, PRECISION,
                     )  # fmt: skip
@@ -362,7 +290,7 @@ def _forward_kernel(
             else:
                 count = tl.zeros([BLOCK_M], tl.int32)
                 for start in range(0, keys, BLOCK_N):
-                    tile = _scores(
+                    tile = scores_of_keys(
                         rows, q, first_row, m, q_n, queries, k, start, n, k_n, keys, dim, scale,
                         WIDTH, CHUNK, PRECISION,
                     )  # fmt: skip
@@ -385,11 +313,11 @@ def _forward_kernel(
     result = tl.zeros([BLOCK_M, VALUE_WIDTH], tl.float32)
     if RESIDENT:
         if SELECTS and not PENALTY:
-            marked = _marked(scores, top, scores >= threshold[:, None])
+            marked = marked_weights(scores, top, scores >= threshold[:, None])
         else:
-            marked = _marked(scores, top, _kept(scores, threshold, last, n, SELECTS))
+            marked = marked_weights(scores, top, kept_keys(scores, threshold, last, n, SELECTS))
         if BITS:
-            _store_bits(selection, row, 0, of_row, there, marked, BLOCK_M, BLOCK_N)
+            store_bits(selection, row, 0, of_row, there, marked, BLOCK_M, BLOCK_N)
             tl.debug_barrier()  # first the bits, then the weights: both at once do not fit
         weights = tl.maximum(marked, 0.0)
         if PENALTY:
@@ -401,14 +329,16 @@ def _forward_kernel(
         result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)
     else:
         for start in range(0, keys, BLOCK_N):
-            scores = _scores(
+            scores = scores_of_keys(
                 rows, q, first_row, m, q_n, queries, k, start, n, k_n, keys, dim, scale,
                 WIDTH, CHUNK, PRECISION,
             )  # fmt: skip
             scores = tl.where(n[None, :] < keys - start, scores, float("-inf"))
-            marked = _marked(scores, top, _kept(scores, threshold, last, start + n, SELECTS))
+            marked = marked_weights(
+                scores, top, kept_keys(scores, threshold, last, start + n, SELECTS)
+            )
             if BITS:
-                _store_bits(selection, row, start, of_row, there, marked, BLOCK_M, BLOCK_N)
+                store_bits(selection, row, start, of_row, there, marked, BLOCK_M, BLOCK_N)
             weights = tl.maximum(marked, 0.0)
             if PENALTY:
                 weights = tl.abs(marked)
@@ -416,7 +346,7 @@ def _forward_kernel(
                 tail = tl.minimum(marked, 0.0)
                 tails += tl.sum(tail * tail, 1)
             sums += tl.sum(weights, 1)
-            values = _rows(v, start, n, v_n, keys, value_dim, VALUE_WIDTH)
+            values = rows_from(v, start, n, v_n, keys, value_dim, VALUE_WIDTH)
             result = tl.dot(weights.to(values.dtype), values, result, input_precision=PRECISION)
 
     if SELECTS and not PENALTY:
