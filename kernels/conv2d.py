@@ -8,133 +8,119 @@ same sum with other numbers,
 over pixels p, taps (i, j) and the channels k that are summed. A loop over the rows of taps has one
 inside it over columns of taps and channels, which lie side by side in one block of products, so
 that three channels fill it too. The gradient of a strided layer is one such sum for each phase of
-the pixels, with the taps that reach it. The weight's gradient sums over pixels, in parts of a
-number that the sizes alone decide; a second kernel adds the parts up, always in the same order.
+the pixels, with the taps that reach it; all phases are one launch. Patches that do not overlap
+have products of their own (patch_embed.py). The weight's gradient sums over pixels, in parts of a
+number that the sizes alone decide, and adds them up (parts.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyvit.kernels import tuning
+from pyvit.kernels import parts, patch_embed, tuning
 
 # ---- launch policy ------------------------------------------------------------------------------
 
 PARTS_OF_PIXELS = 4096  # pixels that one part of a weight's gradient sums over, at least
 MOST_PARTS = 64
+MANY_PIXELS = 1 << 14
 BYTES_OF_PARTS = 64 << 20  # where the weight is larger there are tiles enough without parts
 
 
-def configuration(pixels: int, channels: int, kind: str) -> dict[str, int]:
-    """Tile of a result: pixels, its channels, and the block of products summed at once."""
+def configuration(
+    pixels: int, channels: int, kind: str, strided_gradient: bool = False
+) -> dict[str, int]:
+    """Tile of a result: pixels, its channels, and the block of products summed at once.
+
+    What tells a strided gradient's phases apart takes registers: half as many pixels and warps let
+    twelve warps share a multiprocessor, where eight would have it alone.
+    """
     if kind == "ieee":  # as many registers as terms
         return {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     if kind == "tf32":
         return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    narrow = 64 if channels <= 64 or pixels < 1 << 14 else 128
-    return {"BLOCK_M": 128, "BLOCK_N": narrow, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    narrow = 64 if channels <= 64 or pixels < MANY_PIXELS else 128
+    rows, warps = (64, 4) if strided_gradient else (128, 8)
+    return {
+        "BLOCK_M": rows, "BLOCK_N": narrow, "BLOCK_K": 32, "num_warps": warps, "num_stages": 3
+    }  # fmt: skip
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+def weight_configuration(kind: str) -> dict[str, int]:
+    """Tile of a weight's gradient: its result channels, columns of taps with their channels, and
+    the pixels summed at once."""
+    tile = configuration(1, 1, kind)
+    return tile | {"BLOCK_M": 64, "BLOCK_N": 64}
 
 
-def _kind(tensor: Tensor) -> str:
-    return tuning.product_kind(tensor, torch.backends.cudnn.allow_tf32)
+def _precision(layer: str) -> tuple[str, bool]:
+    """``layer`` is "conv2d", or "linear" for a matrix product, which has a switch of its own."""
+    tf32 = tuning.allows_tf32("matmul" if layer == "linear" else "conv")
+    return "tf32" if tf32 else "ieee", tf32
 
 
 # ---- the launches -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a sum over taps.
-
-    Result t, of ``size``, lies at ``first + t·every``; tap i, of ``taps``, is the kernel's
-    ``tap + i·tap_step`` and reads the source at ``t·factor + offset + i·step``.
-    """
-
-    size: int
-    first: int
-    every: int
-    taps: int
-    tap: int
-    tap_step: int
-    factor: int
-    offset: int
-    step: int
-
-
-def forward_axis(size: int, taps: int, stride: int, padding: int, dilation: int) -> Axis:
-    return Axis(size, 0, 1, taps, 0, 1, stride, -padding, dilation)
-
-
-def gradient_axes(size: int, taps: int, stride: int, padding: int, dilation: int) -> list[Axis]:
-    """For each phase of an image's pixels the taps that reach it."""
-    apart = stride // math.gcd(stride, dilation)  # taps that reach the same phase
-    axes = []
-    for first in range(min(stride, size)):
-        reaching = [i for i in range(apart) if (first + padding - i * dilation) % stride == 0]
-        tap = reaching[0] if reaching else 0
-        count = len(range(tap, taps, apart)) if reaching else 0
-        offset = (first + padding - tap * dilation) // stride
-        step = -(apart * dilation // stride)
-        axes.append(
-            Axis(-(-(size - first) // stride), first, stride, count, tap, apart, 1, offset, step)
-        )
-    return axes
-
-
 def conv2d(x, weight, bias, stride, padding, dilation, groups, channels_last) -> Tensor:
     """``pyvit::conv2d``; arguments as the schema has them, any strides."""
-    kernel = weight.shape[2:]
     sizes = [
-        (x.shape[2 + a] + padding[2 * a] + padding[2 * a + 1] - dilation[a] * (kernel[a] - 1) - 1)
+        (x.shape[2 + a] + padding[2 * a] + padding[2 * a + 1] - dilation[a] * (taps - 1) - 1)
         // stride[a]
         + 1
-        for a in range(2)
+        for a, taps in enumerate(weight.shape[2:])
     ]
     out = _empty(x, (x.shape[0], weight.shape[0], *sizes), channels_last)
     conv2d_into(out, x, weight, bias, stride, padding, dilation, groups)
     return out
 
 
-def conv2d_into(out, x, weight, bias, stride, padding, dilation, groups) -> None:
+def conv2d_into(
+    out, x, weight, bias, stride, padding, dilation, groups, layer: str = "conv2d"
+) -> None:
     """Write a convolution's result where ``out`` lies."""
-    axes = [
-        forward_axis(out.shape[2 + a], weight.shape[2 + a], stride[a], padding[2 * a], dilation[a])
-        for a in range(2)
-    ]
-    # [out channels, summed channels]
-    _sum_over_taps(out, x, weight, weight.stride()[:2], bias, axes, groups)
+    geometry = (stride, padding, dilation, groups)
+    _sum_over_taps(out, x, weight, bias, *geometry, gradient=False, layer=layer)
 
 
 def conv2d_input_grad(
     grad, weight, input_size, stride, padding, dilation, groups, channels_last
 ) -> Tensor:
     """``pyvit::conv2d_input_grad``; arguments as the schema has them, any strides."""
-    out = _empty(grad, input_size, channels_last)
-    rows, columns = (
-        gradient_axes(
-            input_size[2 + a], weight.shape[2 + a], stride[a], padding[2 * a], dilation[a]
+    if _are_patches(grad, weight, stride, padding, dilation, groups):
+        tokens = grad.flatten(2).transpose(1, 2)
+        return patch_embed.patch_embed_image_grad(
+            tokens, weight, None, input_size, stride, channels_last
         )
-        for a in range(2)
-    )
-    of_group = weight.stride(1), weight.stride(0)
-    for row in rows:
-        for column in columns:
-            _sum_over_taps(out, grad, weight, of_group, None, [row, column], groups)
+    out = _empty(grad, input_size, channels_last)
+    geometry = (stride, padding, dilation, groups)
+    _sum_over_taps(out, grad, weight, None, *geometry, gradient=True, layer="conv2d")
     return out
 
 
+def _are_patches(grad, weight, stride, padding, dilation, groups) -> bool:
+    """Whether no pixel is reached twice, and ``grad``'s pixels have one stride."""
+    taps = weight.shape[2:]
+    apart = taps[0] <= stride[0] and taps[1] <= stride[1] and not any(padding)
+    whole = groups == max(dilation) == 1 and taps.numel() > 1
+    return whole and apart and grad.stride(2) == grad.shape[3] * grad.stride(3)
+
+
 def conv2d_weight_grad(
-    grad, x, weight_size, stride, padding, dilation, groups, channels_last
+    grad,
+    x,
+    weight_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    channels_last,
+    layer: str = "conv2d",
 ) -> Tensor:
     """``pyvit::conv2d_weight_grad``; arguments as the schema has them, any strides."""
     out_channels, channels, *kernel = weight_size
@@ -144,23 +130,21 @@ def conv2d_weight_grad(
     height, width = grad.shape[2:]
     pixels = grad.shape[0] * height * width
     fit = BYTES_OF_PARTS // (4 * out.numel())
-    parts = max(1, min(MOST_PARTS, pixels // PARTS_OF_PIXELS, fit))
-    each = triton.cdiv(pixels, parts)
-    sums = grad.new_empty((parts, *weight_size), dtype=torch.float32)
-    tile = configuration(out_channels // groups, kernel[1] * channels, _kind(grad))
-    tile |= {"BLOCK_M": 64, "BLOCK_N": 64}
-    blocks = triton.cdiv(out_channels // groups, 64) * triton.cdiv(kernel[1] * channels, 64)
-    _weight_kernel[(blocks * kernel[0] * groups * parts,)](
-        *(grad, x, sums, pixels, each, height, width, *x.shape[2:]),
-        *(out_channels // groups, channels, groups, *kernel),
-        *(*stride, padding[0], padding[2], *dilation, *grad.stride(), *x.stride()),
-        PRECISION=_precision(),
+    count = max(1, min(MOST_PARTS, pixels // PARTS_OF_PIXELS, fit))
+    sums = grad.new_empty((count, *weight_size), dtype=torch.float32)
+    precision, tf32 = _precision(layer)
+    kind = tuning.product_kind(grad, tf32)
+    tile = tuning.chosen(grad, f"{layer} weight gradient {kind}", weight_configuration(kind))
+    of_group, columns = out_channels // groups, kernel[1] * channels
+    blocks = triton.cdiv(of_group, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"])
+    _weight_kernel[(blocks * kernel[0] * groups * count,)](
+        *(grad, x, sums, pixels, triton.cdiv(pixels, count), height, width, *x.shape[2:]),
+        *(of_group, channels, groups, *kernel),
+        *(*stride, padding[0], padding[2], *dilation, *_strides(grad), *_strides(x)),
+        PRECISION=precision,
         **tile,
     )
-    total = out.numel()
-    _add_parts_kernel[(triton.cdiv(total, 1024),)](
-        *(sums, out, parts, total, channels, *kernel, *out.stride()), TILE=1024
-    )
+    parts.add(sums, out)
     return out
 
 
@@ -169,57 +153,126 @@ def _empty(like: Tensor, size, channels_last: bool) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def _sum_over_taps(out, source, weight, of_group, bias, axes, groups) -> None:
-    """One phase of ``out``; ``of_group`` are weight's strides by result and summed channel."""
-    rows, columns = axes
-    pixels = out.shape[0] * rows.size * columns.size
-    channels, summed = out.shape[1] // groups, source.shape[1] // groups
-    if pixels == 0 or channels == 0:
+def _strides(tensor: Tensor) -> list[int]:
+    """Where there is one index alone its stride may be any number. Zero keeps the kernels' sums of
+    offsets multiples of 16 bytes; a 1, which torch may say, would make them read two bytes at a
+    time: a 1×1 layer's taps, or the one column of a linear layer."""
+    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
+
+
+def _sum_over_taps(
+    out, source, weight, bias, stride, padding, dilation, groups, *, gradient: bool, layer: str
+) -> None:
+    images, _, height, width = out.shape
+    if out.numel() == 0:
         return
-    kind = _kind(out)
-    tile = configuration(pixels, channels, kind)
-    size = f"{tile['BLOCK_N']} channels, {'many' if pixels >= 1 << 14 else 'few'} pixels"
-    tile = tuning.chosen(out, f"conv2d {kind} {size}", tile)
+    of_phase = [-(-size // s) if gradient else size for size, s in zip((height, width), stride)]
+    phases = min(stride[0], height) * min(stride[1], width) if gradient else 1
+    pixels = images * of_phase[0] * of_phase[1]  # of the phase that has the most
+    channels, summed = out.shape[1] // groups, source.shape[1] // groups
+    precision, tf32 = _precision(layer)
+    kind = tuning.product_kind(out, tf32)
+    strided = gradient and max(stride) > 1
+    tile = configuration(pixels, channels, kind, strided)
+    size = f"{tile['BLOCK_N']} channels, {'many' if pixels >= MANY_PIXELS else 'few'} pixels"
+    what = f"{layer}{' strided' if strided else ''}{' image gradient' if gradient else ''}"
+    tile = tuning.chosen(out, f"{what} {kind} {size}", tile)
     blocks = triton.cdiv(pixels, tile["BLOCK_M"]) * triton.cdiv(channels, tile["BLOCK_N"])
-    # From one group to the next: a result's channels or those summed, whichever come first.
-    next_group = weight.stride(0) * (weight.shape[0] // groups)
-    _taps_kernel[(blocks * groups,)](
-        *(out, source, weight, weight if bias is None else bias, pixels, channels, summed),
-        *(*source.shape[2:], rows.size, columns.size),
-        *(rows.first, rows.every, rows.taps, rows.factor, rows.offset, rows.step),
-        *(columns.first, columns.every, columns.taps, columns.factor, columns.offset),
-        *(columns.step, *out.stride(), *source.stride(), *of_group, next_group),
-        *(rows.tap * weight.stride(2) + columns.tap * weight.stride(3),),
-        *(rows.tap_step * weight.stride(2), columns.tap_step * weight.stride(3)),
+    if pixels > tile["BLOCK_M"]:
+        weight = _channels_together(weight)
+    # Weight's strides by result channel, summed channel, group (the result's channels or those
+    # summed, whichever come first), row and column of taps.
+    by_out, by_in, *by_tap = _strides(weight)
+    by_channel = (by_in, by_out) if gradient else (by_out, by_in)
+    next_group = by_out * (weight.shape[0] // groups)
+    _taps_kernel[(blocks * phases * groups,)](
+        *(out, source, weight, weight if bias is None else bias),
+        *(pixels, images, channels, summed, *source.shape[2:], height, width),
+        *(*weight.shape[2:], *stride, padding[0], padding[2], *dilation),
+        *(s // math.gcd(s, d) for s, d in zip(stride, dilation)),
+        *(*_strides(out), *_strides(source), *by_channel, next_group, *by_tap),
+        GRADIENT=gradient,
         BIAS=bias is not None,
-        PRECISION=_precision(),
+        PRECISION=precision,
         **tile,
     )
 
 
+def _channels_together(weight: Tensor) -> Tensor:
+    """A copy where they are not: every block of pixels reads the whole weight, channel after
+    channel, and memory gives 32 bytes at once."""
+    if weight.stride(1) == 1 or weight.shape[1] == 1 or weight.shape[2:].numel() == 1:
+        return weight
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
 # ---- kernels ------------------------------------------------------------------------------------
+
+# Numbers that a batch's size changes are not specialised on: another batch compiles nothing anew.
 
 
 @triton.jit
+def _first_tap(first, taps, stride, padding, dilation, apart):
+    """The first tap that reaches the pixels first + t·stride of an image; ``taps`` or more where
+    none does."""
+    tap = first * 0 + taps
+    for i in range(apart):
+        tap = tl.where((first + padding - i * dilation) % stride == 0, i, tap)
+    return tap
+
+
+@triton.jit(do_not_specialize=["pixels", "images", "height", "out_height"])
 def _taps_kernel(
-    out, source, weight, bias, pixels, channels, summed,
-    height, width, rows, columns,
-    row_first, row_every, row_taps, row_factor, row_offset, row_step,
-    column_first, column_every, column_taps, column_factor, column_offset, column_step,
-    out_b, out_c, out_y, out_x, s_b, s_c, s_y, s_x, w_n, w_k, w_group, w_first, w_i, w_j,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    out, source, weight, bias,
+    pixels, images, channels, summed, height, width, out_height, out_width,
+    taps_y, taps_x, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
+    apart_y, apart_x,
+    out_b, out_c, out_y, out_x, s_b, s_c, s_y, s_x, w_n, w_k, w_group, w_y, w_x,
+    GRADIENT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     across, down = tl.cdiv(channels, BLOCK_N), tl.cdiv(pixels, BLOCK_M)
-    program = tl.program_id(0)
-    group = (program // (across * down)).to(tl.int64)
-    n = program % across * BLOCK_N + tl.arange(0, BLOCK_N)
-    p = program // across % down * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(0) // across
+    # Result (t_y, t_x) lies at first + t·every; tap i of its rows reads the source's row
+    # t_y·factor + offset + i·step. Columns alike.
+    if GRADIENT:  # programs of one place and several phases stand side by side
+        phases_x = tl.minimum(stride_x, out_width)
+        phases = phases_x * tl.minimum(stride_y, out_height)
+        first_y, first_x = program % phases // phases_x, program % phases_x
+        program = program // phases
+        tap_y = _first_tap(first_y, taps_y, stride_y, padding_y, dilation_y, apart_y)
+        tap_x = _first_tap(first_x, taps_x, stride_x, padding_x, dilation_x, apart_x)
+        rows = (out_height - first_y + stride_y - 1) // stride_y
+        columns = (out_width - first_x + stride_x - 1) // stride_x
+        row_taps = (taps_y - tap_y + apart_y - 1) // apart_y
+        column_taps = (taps_x - tap_x + apart_x - 1) // apart_x
+        row_offset = (first_y + padding_y - tap_y * dilation_y) // stride_y
+        column_offset = (first_x + padding_x - tap_x * dilation_x) // stride_x
+        row_step = -(apart_y * dilation_y // stride_y)
+        column_step = -(apart_x * dilation_x // stride_x)
+        row_factor, column_factor = 1, 1
+        row_every, column_every = stride_y, stride_x
+        weight += tl.cast(tap_y, tl.int64) * w_y + tl.cast(tap_x, tl.int64) * w_x
+        w_i, w_j = apart_y * w_y, apart_x * w_x
+        pixels = tl.cast(images, pixels.dtype) * rows * columns
+    else:
+        first_y, first_x, rows, columns = 0, 0, out_height, out_width
+        row_taps, column_taps, row_offset, column_offset = taps_y, taps_x, -padding_y, -padding_x
+        row_step, column_step, row_factor, column_factor = (
+            dilation_y,
+            dilation_x,
+            stride_y,
+            stride_x,
+        )
+        row_every, column_every, w_i, w_j = 1, 1, w_y, w_x
+    group = (program // down).to(tl.int64)
+    p = program % down * BLOCK_M + tl.arange(0, BLOCK_M)
     t_x, t_y = p % columns, p // columns % rows
     image = (p // (columns * rows)).to(tl.int64)
     y, x = t_y * row_factor + row_offset, t_x * column_factor + column_offset
     base = source + group * summed * s_c + image * s_b
-    weights = weight + group * w_group + w_first + n * w_n
+    weights = weight + group * w_group + n.to(tl.int64) * w_n
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in range(row_taps):
         at_y = y + i * row_step
@@ -227,10 +280,10 @@ def _taps_kernel(
         seen = (p < pixels) & (at_y >= 0) & (at_y < height)
         for start in range(0, column_taps * summed, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            j, c = k // summed, k % summed
+            j, c = k // summed, (k % summed).to(tl.int64)
             at_x = x[:, None] + j[None, :] * column_step
             inside = seen[:, None] & (j < column_taps)[None, :] & (at_x >= 0) & (at_x < width)
-            offset = at_x * s_x + c[None, :].to(tl.int64) * s_c
+            offset = at_x.to(tl.int64) * s_x + c[None, :] * s_c
             values = tl.load(row[:, None] + offset, inside, other=0.0)
             w_at = (c * w_k + i * w_i + j * w_j)[:, None]
             factors = tl.load(
@@ -243,14 +296,14 @@ def _taps_kernel(
         result += tl.load(bias + group * channels + n, n < channels, other=0.0).to(tl.float32)[
             None, :
         ]
-    to_y, to_x = row_first + t_y * row_every, column_first + t_x * column_every
+    to_y, to_x = first_y + t_y * row_every, first_x + t_x * column_every
     to = image * out_b + to_y.to(tl.int64) * out_y + to_x.to(tl.int64) * out_x
     channel = (group * channels + n) * out_c
     mask = (p < pixels)[:, None] & (n < channels)[None, :]
     tl.store(out + to[:, None] + channel[None, :], result.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "each", "rows", "height"])
 def _weight_kernel(
     grad, x, sums, pixels, each, rows, columns, height, width,
     out_channels, channels, groups, kernel_y, kernel_x,
@@ -269,13 +322,14 @@ def _weight_kernel(
     part = program // (down * across * kernel_y) // groups
     j, c = jc // channels, jc % channels
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    last = tl.minimum((part + 1) * each, pixels)
-    for start in range(part * each, last, BLOCK_K):
+    first = part.to(tl.int64) * each
+    last = tl.minimum(first + each, pixels).to(pixels.dtype)
+    for start in range(first.to(pixels.dtype), last, BLOCK_K):
         p = start + tl.arange(0, BLOCK_K)
         there = p < last
         at_x, at_y = p % columns, p // columns % rows
         image = (p // (columns * rows)).to(tl.int64)
-        of_grad = image * g_b + at_y.to(tl.int64) * g_y + at_x * g_x
+        of_grad = image * g_b + at_y.to(tl.int64) * g_y + at_x.to(tl.int64) * g_x
         channel = (group * out_channels + o) * g_c
         left = tl.load(
             grad + channel[:, None] + of_grad[None, :],
@@ -286,7 +340,7 @@ def _weight_kernel(
         x_at = (at_x * stride_x - padding_x)[:, None] + (j * dilation_x)[None, :]
         inside = (there & (y >= 0) & (y < height))[:, None] & (x_at >= 0) & (x_at < width)
         inside = inside & (j < kernel_x)[None, :]
-        of_image = (image * x_b + y.to(tl.int64) * x_y)[:, None] + x_at * x_x
+        of_image = (image * x_b + y.to(tl.int64) * x_y)[:, None] + x_at.to(tl.int64) * x_x
         from_channel = (group * channels + c) * x_c
         right = tl.load(x + of_image + from_channel[None, :], inside, other=0.0)
         result = tl.dot(left, right, result, input_precision=PRECISION)
@@ -295,19 +349,3 @@ def _weight_kernel(
     column = (c * kernel_y + i) * kernel_x + j
     to = row[:, None] * channels * kernel_y * kernel_x + column[None, :]
     tl.store(sums + to, result, (o < out_channels)[:, None] & (j < kernel_x)[None, :])
-
-
-@triton.jit
-def _add_parts_kernel(
-    sums, out, parts, total, channels, kernel_y, kernel_x, out_o, out_c, out_y, out_x,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    e = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    mask = e < total
-    value = tl.zeros([TILE], tl.float32)
-    for part in range(parts):
-        value += tl.load(sums + tl.cast(part, tl.int64) * total + e, mask, other=0.0)
-    j, i = e % kernel_x, e // kernel_x % kernel_y
-    c, o = e // (kernel_x * kernel_y) % channels, e // (kernel_x * kernel_y * channels)
-    to = o * out_o + c * out_c + i * out_y + j * out_x
-    tl.store(out + to, value.to(out.dtype.element_ty), mask)

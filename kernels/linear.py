@@ -18,7 +18,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     outputs, inputs = weight.shape
     out = x.new_empty((*x.shape[:-1], outputs))
     pixels = _pixels(x, inputs)
-    conv2d.conv2d_into(_pixels(out, outputs), pixels, weight[:, :, None, None], bias, *POINT)
+    point = weight[:, :, None, None]
+    conv2d.conv2d_into(_pixels(out, outputs), pixels, point, bias, *POINT, layer="linear")
     return out
 
 
@@ -27,7 +28,7 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     outputs, inputs = grad.shape[-1], x.shape[-1]
     size = (outputs, inputs, 1, 1)
     gradient = conv2d.conv2d_weight_grad(
-        _pixels(grad, outputs), _pixels(x, inputs), size, *POINT, False
+        _pixels(grad, outputs), _pixels(x, inputs), size, *POINT, False, layer="linear"
     )
     return gradient.view(outputs, inputs)
 

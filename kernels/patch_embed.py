@@ -4,7 +4,7 @@ Three matrix products whose operands or results are patches of the image where t
 matrix is in memory. A block of tokens reads its pixels, normalises them on the way, and adds bias,
 position and class token on the way out. The image's gradient writes each product back as the
 pixels of its patch, and divides by std. The weight's gradient sums over tokens, in parts of a
-number that the sizes alone decide; a second kernel adds the parts up, always in the same order.
+number that the sizes alone decide, and adds them up (parts.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyvit.kernels import tuning
-from pyvit.kernels.conv2d import _add_parts_kernel
+from pyvit.kernels import parts, tuning
 
 # ---- launch policy ------------------------------------------------------------------------------
 
@@ -32,11 +31,11 @@ def configuration(kind: str) -> dict[str, int]:
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if tuning.allows_tf32("conv") else "ieee"
 
 
 def _kind(tensor: Tensor) -> str:
-    return tuning.product_kind(tensor, torch.backends.cudnn.allow_tf32)
+    return tuning.product_kind(tensor, tuning.allows_tf32("conv"))
 
 
 # ---- the launches -------------------------------------------------------------------------------
@@ -112,14 +111,14 @@ def patch_embed_weight_grad(grad, image, mean, std, weight_size, stride, channel
     if out.numel() == 0:
         return out
     tokens, pixels = batch * rows * columns, channels * patch_y * patch_x
-    parts = max(1, min(MOST_PARTS, tokens // TOKENS_OF_A_PART))
-    sums = grad.new_empty((parts, dim, pixels), dtype=torch.float32)
+    count = max(1, min(MOST_PARTS, tokens // TOKENS_OF_A_PART))
+    sums = grad.new_empty((count, dim, pixels), dtype=torch.float32)
     tile = configuration(_kind(grad))
     blocks = triton.cdiv(dim, tile["BLOCK_M"]) * triton.cdiv(pixels, tile["BLOCK_N"])
     patches = grad[:, grad.shape[1] - rows * columns :]
-    _weight_kernel[(blocks * parts,)](
+    _weight_kernel[(blocks * count,)](
         *(patches, image, grad if mean is None else mean, grad if std is None else std, sums),
-        *(tokens, triton.cdiv(tokens, parts), dim, channels, rows, columns, patch_y, patch_x),
+        *(tokens, triton.cdiv(tokens, count), dim, channels, rows, columns, patch_y, patch_x),
         *(*stride, *patches.stride(), *image.stride()),
         MEAN=mean is not None,
         STD=std is not None,
@@ -127,9 +126,7 @@ def patch_embed_weight_grad(grad, image, mean, std, weight_size, stride, channel
         PRECISION=_precision(),
         **tile,
     )
-    _add_parts_kernel[(triton.cdiv(out.numel(), 1024),)](
-        *(sums, out, parts, out.numel(), channels, patch_y, patch_x, *out.stride()), TILE=1024
-    )
+    parts.add(sums, out)
     return out
 
 

@@ -33,6 +33,13 @@ def capability(tensor: Tensor) -> int:
     return _capability(tensor.device) if tensor.is_cuda else 90
 
 
+def allows_tf32(products: str) -> bool:
+    """Torch's switch for "conv" or "matmul". Not ``allow_tf32``: reading that raises once a user
+    has set ``fp32_precision``, which came in its place."""
+    switch = torch.backends.cuda.matmul if products == "matmul" else torch.backends.cudnn.conv
+    return switch.fp32_precision == "tf32"
+
+
 def product_kind(tensor: Tensor, tf32: bool) -> str:
     """How matrix products of a tensor's type are made: "half", "tf32", or "ieee" by fused
     multiply-adds, without matrix instructions."""

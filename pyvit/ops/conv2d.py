@@ -189,8 +189,9 @@ def conv2d(
 
     The patches of the image are unfolded one cache panel at a time, inside the packing stage of
     a matrix product, so the extra memory is at most 2 MB a thread whatever the input. On a GPU
-    the patches never leave registers and shared memory; the weight's gradient takes partial
-    sums of at most 64 MB, or of the weight's size in float32 where that is more.
+    the patches never leave registers and shared memory; a weight that is not ``channels_last``
+    is copied to that order, and its gradient takes partial sums of at most 64 MB, or of the
+    weight's size in float32 where that is more.
 
     Args:
         x: images ``[B, C, H, W]``, or one image ``[C, H, W]``; any strides. ``channels_last``

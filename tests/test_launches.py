@@ -1,0 +1,122 @@
+"""What launchers decide before a kernel runs: precision, and how many launches a call makes."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from launches import recorded
+
+from pyvit.kernels import conv2d, linear, patch_embed
+
+STRIDED = ((2, 2), (1, 1, 1, 1), (1, 1), 1, False)  # and dense otherwise
+
+
+@pytest.fixture(autouse=True)
+def on_meta():
+    with torch.device("meta"):
+        yield
+
+
+@pytest.fixture
+def precisions():
+    """Torch's switches for float32 products: of convolutions, and of matrix products."""
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+
+    def set_both(conv, matmul):
+        for switch, value in zip(switches, (conv, matmul)):
+            switch.fp32_precision = value
+
+    yield set_both
+    set_both(*before)
+
+
+def first_precision(call):
+    return recorded(call)[0].arguments["PRECISION"]
+
+
+# Set by fp32_precision, after which torch's older allow_tf32 cannot be read: that raises.
+@pytest.mark.parametrize(("conv", "matmul"), [("tf32", "ieee"), ("ieee", "tf32")])
+def test_each_layer_obeys_torchs_switch_for_it(precisions, conv, matmul):
+    precisions(conv, matmul)
+    x, weight, grad = torch.empty(9, 20), torch.empty(30, 20), torch.empty(9, 30)
+    assert first_precision(lambda: linear.linear(x, weight, None)) == matmul
+    assert first_precision(lambda: linear.linear_weight_grad(grad, x)) == matmul
+    image, kernel, after = torch.empty(2, 3, 8, 8), torch.empty(4, 3, 3, 3), torch.empty(2, 4, 4, 4)
+    assert first_precision(lambda: conv2d.conv2d(image, kernel, None, *STRIDED)) == conv
+    assert (
+        first_precision(lambda: conv2d.conv2d_weight_grad(after, image, kernel.shape, *STRIDED))
+        == conv
+    )
+    tokens, patches = torch.empty(2, 16, 4), torch.empty(4, 3, 2, 2)
+    nothing = (None,) * 5
+    assert (
+        first_precision(lambda: patch_embed.patch_embed(image, patches, *nothing, (2, 2))) == conv
+    )
+    assert (
+        first_precision(
+            lambda: patch_embed.patch_embed_weight_grad(
+                tokens, image, None, None, patches.shape, (2, 2), False
+            )
+        )
+        == conv
+    )
+
+
+def test_older_switches_are_obeyed(precisions):
+    x, weight = torch.empty(9, 20), torch.empty(30, 20)
+    for allowed, precision in ((True, "tf32"), (False, "ieee")):
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        assert first_precision(lambda: linear.linear(x, weight, None)) == precision
+
+
+def gradient(image, kernel, stride, padding=0, **layout):
+    weight = torch.empty(8, image[1], *kernel)
+    sizes = [(n + 2 * padding - k) // stride + 1 for n, k in zip(image[2:], kernel)]
+    grad = torch.empty(image[0], 8, *sizes).to(**layout)
+    geometry = ((stride, stride), (padding,) * 4, (1, 1), 1, False)
+    return recorded(lambda: conv2d.conv2d_input_grad(grad, weight, image, *geometry))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 5])
+def test_all_phases_of_a_strided_gradient_are_one_launch(stride):
+    assert [launch.name for launch in gradient((2, 3, 30, 31), (7, 7), stride, 3)] == [
+        "_taps_kernel"
+    ]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_patches_that_do_not_overlap_are_products_of_their_own(layout):
+    (launch,) = gradient((2, 3, 32, 48), (16, 16), 16, memory_format=layout)
+    assert launch.name == "_image_kernel"
+    assert gradient((2, 3, 32, 48), (1, 1), 2)[0].name == "_taps_kernel"
+    assert gradient((2, 3, 32, 48), (3, 3), 2)[0].name == "_taps_kernel"
+
+
+def test_a_weight_that_many_pixels_read_has_its_channels_together():
+    weight = torch.empty(8, 16, 3, 3)
+    geometry = ((1, 1), (1, 1, 1, 1), (1, 1), 1, False)
+    for size, copied in ((64, True), (4, False)):
+        x = torch.empty(2, 16, size, size)
+        (launch,) = recorded(lambda x=x: conv2d.conv2d(x, weight, None, *geometry))
+        assert (launch.arguments["w_k"] == 1) is copied
+
+
+# A stride of 1 where there is one index makes every offset a number of 2 bytes, not of 16.
+@pytest.mark.parametrize("layer", ["linear", "1x1"])
+def test_strides_that_say_nothing_are_zero(layer):
+    if layer == "linear":
+        call = lambda: linear.linear(torch.empty(64, 32), torch.empty(48, 32), None)  # noqa: E731
+    else:
+        x = torch.empty(2, 32, 8, 8, memory_format=torch.channels_last)
+        weight, geometry = torch.empty(48, 32, 1, 1), ((1, 1), (0,) * 4, (1, 1), 1, True)
+        call = lambda: conv2d.conv2d(x, weight, None, *geometry)  # noqa: E731
+    (launch,) = recorded(call)
+    strides = [launch.arguments[name] for name in ("s_x", "s_c", "w_k", "w_y", "w_x")]
+    assert strides == [0 if layer == "linear" else 32, 1, 1, 0, 0]
