@@ -140,7 +140,7 @@ def conv2d_weight_grad(
     _weight_kernel[(blocks * kernel[0] * groups * count,)](
         *(grad, x, sums, pixels, triton.cdiv(pixels, count), height, width, *x.shape[2:]),
         *(of_group, channels, groups, *kernel),
-        *(*stride, padding[0], padding[2], *dilation, *_strides(grad), *_strides(x)),
+        *(*stride, padding[0], padding[2], *dilation, *tuning.strides(grad), *tuning.strides(x)),
         PRECISION=precision,
         **tile,
     )
@@ -151,13 +151,6 @@ def conv2d_weight_grad(
 def _empty(like: Tensor, size, channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _strides(tensor: Tensor) -> list[int]:
-    """Where there is one index alone its stride may be any number. Zero keeps the kernels' sums of
-    offsets multiples of 16 bytes; a 1, which torch may say, would make them read two bytes at a
-    time: a 1×1 layer's taps, or the one column of a linear layer."""
-    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
 
 
 def _sum_over_taps(
@@ -182,7 +175,7 @@ def _sum_over_taps(
         weight = _channels_together(weight)
     # Weight's strides by result channel, summed channel, group (the result's channels or those
     # summed, whichever come first), row and column of taps.
-    by_out, by_in, *by_tap = _strides(weight)
+    by_out, by_in, *by_tap = tuning.strides(weight)
     by_channel = (by_in, by_out) if gradient else (by_out, by_in)
     next_group = by_out * (weight.shape[0] // groups)
     _taps_kernel[(blocks * phases * groups,)](
@@ -190,7 +183,7 @@ def _sum_over_taps(
         *(pixels, images, channels, summed, *source.shape[2:], height, width),
         *(*weight.shape[2:], *stride, padding[0], padding[2], *dilation),
         *(s // math.gcd(s, d) for s, d in zip(stride, dilation)),
-        *(*_strides(out), *_strides(source), *by_channel, next_group, *by_tap),
+        *(*tuning.strides(out), *tuning.strides(source), *by_channel, next_group, *by_tap),
         GRADIENT=gradient,
         BIAS=bias is not None,
         PRECISION=precision,
@@ -254,7 +247,7 @@ def _taps_kernel(
         row_factor, column_factor = 1, 1
         row_every, column_every = stride_y, stride_x
         weight += tl.cast(tap_y, tl.int64) * w_y + tl.cast(tap_x, tl.int64) * w_x
-        w_i, w_j = apart_y * w_y, apart_x * w_x
+        w_i, w_j = tl.cast(apart_y, tl.int64) * w_y, tl.cast(apart_x, tl.int64) * w_x
         pixels = tl.cast(images, pixels.dtype) * rows * columns
     else:
         first_y, first_x, rows, columns = 0, 0, out_height, out_width
@@ -285,7 +278,7 @@ def _taps_kernel(
             inside = seen[:, None] & (j < column_taps)[None, :] & (at_x >= 0) & (at_x < width)
             offset = at_x.to(tl.int64) * s_x + c[None, :] * s_c
             values = tl.load(row[:, None] + offset, inside, other=0.0)
-            w_at = (c * w_k + i * w_i + j * w_j)[:, None]
+            w_at = (c * w_k + tl.cast(i, tl.int64) * w_i + j.to(tl.int64) * w_j)[:, None]
             factors = tl.load(
                 weights[None, :] + w_at,
                 (j < column_taps)[:, None] & (n < channels)[None, :],

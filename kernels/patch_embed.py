@@ -60,8 +60,9 @@ def patch_embed(image, weight, bias, pos_embed, cls_token, mean, std, stride) ->
 
     _tokens_kernel[grid](
         *(image, weight, or_any(bias), or_any(pos_embed), or_any(cls_token), or_any(mean)),
-        *(or_any(std), out, tokens, dim, channels, rows, columns, patch_y, patch_x, *stride),
-        *(*image.stride(), *weight.stride()),
+        *(or_any(std), out, tokens, dim, channels, rows, columns),
+        *(*tuning.strides(image), *tuning.strides(weight)),
+        **_sizes(weight.shape, stride),
         BIAS=bias is not None,
         POSITION=pos_embed is not None,
         CLASS=cls_token is not None,
@@ -92,8 +93,9 @@ def patch_embed_image_grad(grad, weight, std, image_size, stride, channels_last)
     patches = grad[:, grad.shape[1] - rows * columns :]
     _image_kernel[grid](
         *(patches, weight, weight if std is None else std, out),
-        *(tokens, dim, channels, rows, columns, patch_y, patch_x, *stride),
-        *(*patches.stride(), *weight.stride(), *out.stride()),
+        *(tokens, dim, channels, rows, columns),
+        *(*tuning.strides(patches), *tuning.strides(weight), *tuning.strides(out)),
+        **_sizes(weight.shape, stride),
         STD=std is not None,
         PRECISION=_precision(),
         **tile,
@@ -118,8 +120,9 @@ def patch_embed_weight_grad(grad, image, mean, std, weight_size, stride, channel
     patches = grad[:, grad.shape[1] - rows * columns :]
     _weight_kernel[(blocks * count,)](
         *(patches, image, grad if mean is None else mean, grad if std is None else std, sums),
-        *(tokens, triton.cdiv(tokens, count), dim, channels, rows, columns, patch_y, patch_x),
-        *(*stride, *patches.stride(), *image.stride()),
+        *(tokens, triton.cdiv(tokens, count), dim, channels, rows, columns),
+        *(*tuning.strides(patches), *tuning.strides(image)),
+        **_sizes(weight_size, stride),
         MEAN=mean is not None,
         STD=std is not None,
         BYTES=image.dtype == torch.uint8,
@@ -130,14 +133,47 @@ def patch_embed_weight_grad(grad, image, mean, std, weight_size, stride, channel
     return out
 
 
+def _sizes(weight_size, stride) -> dict[str, int]:
+    """What a model fixes: divisions by them become shifts, and a run of pixels is seen as one."""
+    names = ("PATCH_Y", "PATCH_X", "STRIDE_Y", "STRIDE_X")
+    return dict(zip(names, (*weight_size[2:], *stride)))
+
+
 # ---- kernels ------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _pixel_of(k, PATCH_Y: tl.constexpr, PATCH_X: tl.constexpr):
+    """Channel, row and column of the k-th pixel of a patch."""
+    c, i, j = k // (PATCH_Y * PATCH_X), k // PATCH_X % PATCH_Y, k % PATCH_X
+    return c.to(tl.int64), i.to(tl.int64), j.to(tl.int64)
+
+
+@triton.jit
+def _corner(patch, columns, y, x, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr):
+    """Offset of a patch's first pixel from its image's, whose strides are y and x."""
+    row, column = patch // columns * STRIDE_Y, patch % columns * STRIDE_X
+    return row.to(tl.int64) * y + column.to(tl.int64) * x
+
+
+@triton.jit
+def _statistics(mean, std, c, mask, MEAN: tl.constexpr, STD: tl.constexpr):
+    """Of the channels c: the mean, and what to multiply by."""
+    shift, scale = 0.0, 1.0
+    if MEAN:
+        shift = tl.load(mean + c, mask, other=0.0).to(tl.float32)[None, :]
+    if STD:
+        deviation = tl.load(std + c, mask, other=1.0).to(tl.float32)
+        scale = tl.div_rn(tl.full(deviation.shape, 1.0, tl.float32), deviation)[None, :]
+    return shift, scale
+
+
+@triton.jit
 def _pixels(
-    image, mean, std, at, c, mask, like, MEAN: tl.constexpr, STD: tl.constexpr, BYTES: tl.constexpr
-):
-    """Normalised pixels of a tile, in the type of ``like``; c and its mask spread over it."""
+    image, at, shift, scale, mask, like,
+    MEAN: tl.constexpr, STD: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """Normalised pixels of a tile, in the type of ``like``."""
     value = tl.load(image + at, mask, other=0)
     if not (BYTES or MEAN or STD):
         return value.to(like.dtype.element_ty)
@@ -145,17 +181,18 @@ def _pixels(
     if BYTES:
         value = value * (1.0 / 255.0)
     if MEAN:
-        value -= tl.load(mean + c, mask, other=0.0).to(tl.float32)
+        value -= shift
     if STD:
-        value = value / tl.load(std + c, mask, other=1.0).to(tl.float32)
+        value *= scale
     return tl.where(mask, value, 0.0).to(like.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _tokens_kernel(
     image, weight, bias, position, class_token, mean, std, out,
-    tokens, dim, channels, rows, columns, patch_y, patch_x, stride_y, stride_x,
+    tokens, dim, channels, rows, columns,
     i_b, i_c, i_y, i_x, w_d, w_c, w_y, w_x,
+    PATCH_Y: tl.constexpr, PATCH_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     BIAS: tl.constexpr, POSITION: tl.constexpr, CLASS: tl.constexpr, MEAN: tl.constexpr,
     STD: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -166,17 +203,20 @@ def _tokens_kernel(
     d = program % across * BLOCK_N + tl.arange(0, BLOCK_N)
     per_image = rows * columns
     b, patch = (t // per_image).to(tl.int64), t % per_image
-    corner = b * i_b + (patch // columns * stride_y) * i_y + (patch % columns * stride_x) * i_x
-    products = channels * patch_y * patch_x
+    corner = b * i_b + _corner(patch, columns, i_y, i_x, STRIDE_Y, STRIDE_X)
+    factors_of = weight + d.to(tl.int64) * w_d
+    products = channels * PATCH_Y * PATCH_X
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, products, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        c, i, j = k // (patch_y * patch_x), k // patch_x % patch_y, k % patch_x
+        c, i, j = _pixel_of(k, PATCH_Y, PATCH_X)
         at = corner[:, None] + (c * i_c + i * i_y + j * i_x)[None, :]
         mask = (t < tokens)[:, None] & (k < products)[None, :]
-        pixels = _pixels(image, mean, std, at, c[None, :], mask, weight, MEAN, STD, BYTES)
-        w_at = (c * w_c + i * w_y + j * w_x)[:, None] + (d * w_d)[None, :]
-        factors = tl.load(weight + w_at, (k < products)[:, None] & (d < dim)[None, :], other=0.0)
+        shift, scale = _statistics(mean, std, c, k < products, MEAN, STD)
+        pixels = _pixels(image, at, shift, scale, mask, weight, MEAN, STD, BYTES)
+        w_at = (c * w_c + i * w_y + j * w_x)[:, None]
+        inside = (k < products)[:, None] & (d < dim)[None, :]
+        factors = tl.load(factors_of[None, :] + w_at, inside, other=0.0)
         result = tl.dot(pixels, factors, result, input_precision=PRECISION)
     here = d < dim
     if BIAS:
@@ -200,64 +240,74 @@ def _tokens_kernel(
         tl.store(to_class, value, mask & (patch == 0)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _image_kernel(
-    grad, weight, std, out, tokens, dim, channels, rows, columns, patch_y, patch_x,
-    stride_y, stride_x, g_b, g_n, g_d, w_d, w_c, w_y, w_x, o_b, o_c, o_y, o_x,
+    grad, weight, std, out, tokens, dim, channels, rows, columns,
+    g_b, g_n, g_d, w_d, w_c, w_y, w_x, o_b, o_c, o_y, o_x,
+    PATCH_Y: tl.constexpr, PATCH_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     STD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    pixels = channels * patch_y * patch_x
+    pixels = channels * PATCH_Y * PATCH_X
     across = tl.cdiv(pixels, BLOCK_N)
     program = tl.program_id(0)
     t = program // across * BLOCK_M + tl.arange(0, BLOCK_M)
     n = program % across * BLOCK_N + tl.arange(0, BLOCK_N)
     per_image = rows * columns
     b, patch = (t // per_image).to(tl.int64), t % per_image
-    c, i, j = n // (patch_y * patch_x), n // patch_x % patch_y, n % patch_x
+    c, i, j = _pixel_of(n, PATCH_Y, PATCH_X)
+    rows_of = grad + b * g_b + patch.to(tl.int64) * g_n
+    factors_of = weight + c * w_c + i * w_y + j * w_x
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, dim, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        g_at = (b * g_b + patch.to(tl.int64) * g_n)[:, None] + k[None, :] * g_d
-        left = tl.load(grad + g_at, (t < tokens)[:, None] & (k < dim)[None, :], other=0.0)
-        w_at = (k * w_d)[:, None] + (c * w_c + i * w_y + j * w_x)[None, :]
-        right = tl.load(weight + w_at, (k < dim)[:, None] & (n < pixels)[None, :], other=0.0)
+        d = k.to(tl.int64)
+        inside = (t < tokens)[:, None] & (k < dim)[None, :]
+        left = tl.load(rows_of[:, None] + (d * g_d)[None, :], inside, other=0.0)
+        inside = (k < dim)[:, None] & (n < pixels)[None, :]
+        right = tl.load(factors_of[None, :] + (d * w_d)[:, None], inside, other=0.0)
         result = tl.dot(left, right, result, input_precision=PRECISION)
     if STD:
-        result = result / tl.load(std + c, n < pixels, other=1.0).to(tl.float32)[None, :]
-    y = (patch // columns * stride_y)[:, None] + i[None, :]
-    x = (patch % columns * stride_x)[:, None] + j[None, :]
-    to = (b * o_b)[:, None] + (c * o_c)[None, :] + y.to(tl.int64) * o_y + x * o_x
+        _, scale = _statistics(std, std, c, n < pixels, False, True)
+        result *= scale
+    corner = b * o_b + _corner(patch, columns, o_y, o_x, STRIDE_Y, STRIDE_X)
+    to = out + corner[:, None] + (c * o_c + i * o_y + j * o_x)[None, :]
     mask = (t < tokens)[:, None] & (n < pixels)[None, :]
-    tl.store(out + to, result.to(out.dtype.element_ty), mask)
+    tl.store(to, result.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "each"])
 def _weight_kernel(
-    grad, image, mean, std, sums, tokens, each, dim, channels, rows, columns, patch_y, patch_x,
-    stride_y, stride_x, g_b, g_n, g_d, i_b, i_c, i_y, i_x,
+    grad, image, mean, std, sums, tokens, each, dim, channels, rows, columns,
+    g_b, g_n, g_d, i_b, i_c, i_y, i_x,
+    PATCH_Y: tl.constexpr, PATCH_X: tl.constexpr, STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr,
     MEAN: tl.constexpr, STD: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    pixels = channels * patch_y * patch_x
+    pixels = channels * PATCH_Y * PATCH_X
     across, down = tl.cdiv(pixels, BLOCK_N), tl.cdiv(dim, BLOCK_M)
     program = tl.program_id(0)
     n = program % across * BLOCK_N + tl.arange(0, BLOCK_N)
     d = program // across % down * BLOCK_M + tl.arange(0, BLOCK_M)
     part = (program // (across * down)).to(tl.int64)
-    c, i, j = n // (patch_y * patch_x), n // patch_x % patch_y, n % patch_x
+    c, i, j = _pixel_of(n, PATCH_Y, PATCH_X)
+    of_pixel = c * i_c + i * i_y + j * i_x
+    shift, scale = _statistics(mean, std, c, n < pixels, MEAN, STD)
+    columns_of = grad + d.to(tl.int64) * g_d
     per_image = rows * columns
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    last = tl.minimum((part + 1) * each, tokens)
-    for start in range(part * each, last, BLOCK_K):
+    first = part * each
+    last = tl.minimum(first + each, tokens).to(tokens.dtype)
+    for start in range(first.to(tokens.dtype), last, BLOCK_K):
         t = start + tl.arange(0, BLOCK_K)
-        b, patch = t // per_image, t % per_image
-        g_at = (d * g_d)[:, None] + (b * g_b + patch * g_n)[None, :]
-        left = tl.load(grad + g_at, (d < dim)[:, None] & (t < last)[None, :], other=0.0)
-        corner = b * i_b + (patch // columns * stride_y) * i_y + (patch % columns * stride_x) * i_x
-        at = corner[:, None] + (c * i_c + i * i_y + j * i_x)[None, :]
+        b, patch = (t // per_image).to(tl.int64), t % per_image
+        g_at = b * g_b + patch.to(tl.int64) * g_n
+        inside = (d < dim)[:, None] & (t < last)[None, :]
+        left = tl.load(columns_of[:, None] + g_at[None, :], inside, other=0.0)
+        corner = b * i_b + _corner(patch, columns, i_y, i_x, STRIDE_Y, STRIDE_X)
         mask = (t < last)[:, None] & (n < pixels)[None, :]
-        right = _pixels(image, mean, std, at, c[None, :], mask, grad, MEAN, STD, BYTES)
+        at = corner[:, None] + of_pixel[None, :]
+        right = _pixels(image, at, shift, scale, mask, grad, MEAN, STD, BYTES)
         result = tl.dot(left, right, result, input_precision=PRECISION)
     to = sums + (part * dim + d)[:, None] * pixels + n[None, :]
     tl.store(to, result, (d < dim)[:, None] & (n < pixels)[None, :])

@@ -1,4 +1,4 @@
-"""What launch policies ask before they choose: the GPU's generation, and what was measured on it.
+"""What launchers ask before they choose: the GPU's generation, and what was measured on it.
 
 ``python -m pyvit tune`` (tune.py) writes a file of configurations that were the fastest on the
 present GPU; launch policies look there first. Nothing is ever measured in a user's call. The file
@@ -46,6 +46,13 @@ def product_kind(tensor: Tensor, tf32: bool) -> str:
     if tensor.element_size() == 2:
         return "half"
     return "tf32" if tf32 else "ieee"
+
+
+def strides(tensor: Tensor) -> list[int]:
+    """A tensor's, zero where there is one index alone: torch may then say anything. A zero keeps
+    sums of offsets multiples of 16 bytes; a 1 for a 1×1 layer's taps, or for the one column of a
+    linear layer, would make a kernel read two bytes at a time."""
+    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
 
 
 # ---- what was measured --------------------------------------------------------------------------

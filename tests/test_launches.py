@@ -1,8 +1,13 @@
-"""What launchers decide before a kernel runs: precision, and how many launches a call makes."""
+"""What launchers decide before a kernel runs: precision, launches of a call, and what compiles."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +125,52 @@ def test_strides_that_say_nothing_are_zero(layer):
     (launch,) = recorded(call)
     strides = [launch.arguments[name] for name in ("s_x", "s_c", "w_k", "w_y", "w_x")]
     assert strides == [0 if layer == "linear" else 32, 1, 1, 0, 0]
+
+
+# In a process that compiles: here kernels are the interpreter's. Prints, for each kernel, how many
+# there are for batches of these sizes.
+COUNT_KERNELS = """
+import collections, json
+import aot, torch
+from pyvit.kernels import conv2d, linear, patch_embed, projected_step
+
+kernels = collections.defaultdict(set)
+torch.set_default_device("meta")
+for batch in (1, 2, 3, 4, 7, 16):
+    image, tokens = torch.empty(batch, 16, 20, 20), torch.empty(batch, 25, 48)
+    weight, patches = torch.empty(32, 16, 3, 3), torch.empty(48, 16, 4, 4)
+    grad, geometry = torch.empty(batch, 32, 10, 10), ((2, 2), (1,) * 4, (1, 1), 1, False)
+    x, y, of_linear = torch.empty(batch * 9, 16), torch.empty(batch * 9, 48), torch.empty(48, 16)
+    nothing = (None,) * 5
+    step = (image, image, image, 1, False, False, 0.1, 0.3, None, None, 0.0, 1.0, 0.99)
+
+    def call():
+        conv2d.conv2d(image, weight, None, *geometry)
+        conv2d.conv2d_input_grad(grad, weight, image.shape, *geometry)
+        conv2d.conv2d_weight_grad(grad, image, weight.shape, *geometry)
+        linear.linear(x, of_linear, None)
+        linear.linear_weight_grad(y, x)
+        patch_embed.patch_embed(image, patches, *nothing, (4, 4))
+        patch_embed.patch_embed_image_grad(tokens, patches, None, image.shape, (4, 4), False)
+        patch_embed.patch_embed_weight_grad(
+            tokens, image, None, None, patches.shape, (4, 4), False
+        )
+        projected_step.projected_step_momentum(*step, image, 1.0)
+
+    for place, launch in enumerate(aot.launches(call, 90)):
+        kernels[f"{place} {launch.kernel.fn.__name__}"].add(aot.prepare(launch, 90)[-1])
+print(json.dumps({name: len(keys) for name, keys in kernels.items()}))
+"""
+
+
+def test_a_batch_of_another_size_compiles_nothing_anew():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    benchmarks = Path(__file__).resolve().parents[1] / "benchmarks"
+    environment["PYTHONPATH"] = os.pathsep.join([str(benchmarks), *sys.path])
+    command = [sys.executable, "-W", "ignore", "-c", COUNT_KERNELS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert len(counts) >= 12
+    # A batch of one has strides that say nothing, which are zero: a kernel of its own.
+    assert all(count <= 2 for count in counts.values()), counts

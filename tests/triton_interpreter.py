@@ -59,6 +59,8 @@ def mend() -> None:
     interpreter._convert_float = _convert_as_processors_do
     interpreter.InterpreterBuilder.create_dot = _dot_in_one_order
     interpreter.InterpretedFunction.__call__ = _call_inside_a_kernel
+    # It would copy every argument onto itself: on the CPU its kernels work where tensors lie.
+    interpreter.GridExecutor._restore_args_dev = lambda *arguments: None
 
 
 @contextlib.contextmanager
