@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "conv2d_depthwise_kernel.h"
@@ -20,7 +21,7 @@ namespace pyvit {
 constexpr int64_t kLanesInCache = 14 << 20;  // bytes; beyond them, fetching ahead pays
 
 constexpr int64_t kBytesAhead = 128;
-constexpr int64_t kPixelsApart = 4, kChannelsOfRun = 128;
+constexpr int64_t kCacheStride = 4096, kCacheWays = 8;  // lines so far apart share a set
 
 template <class T>
 class LanesInPlace {
@@ -153,11 +154,9 @@ class LanesInPlace {
     tile.c_pitch = part.to_stride[axis];
     const int64_t weight = tap_rows.begin * tile.weight_row_stride + tap_columns.begin * L;
     const int64_t length = axis == 0 ? rows.end - rows.begin : columns.end - columns.begin;
-    // Pixels that share no source need not be in one tile: few of them leave the processor few
-    // runs of memory to follow, where those are long.
-    const bool apart = axis == 1 && along.step > 1 && along.step >= part.columns.count &&
-                       plan_.channels >= kChannelsOfRun;
-    const int64_t most = apart ? kPixelsApart : LaneTile<T>::pixels;
+    // Pixels that share no source need not be in one tile, nor compete for the same cache lines.
+    const bool apart = axis == 1 && along.step > 1 && along.step >= part.columns.count;
+    const int64_t most = apart ? pixels_in_cache(tile) : LaneTile<T>::pixels;
     const int64_t parts = ceil_div(length, most);
     for (int64_t i = 0, at = 0; i < parts; ++i) {
       const int64_t count = (length - at) / (parts - i);
@@ -175,11 +174,36 @@ class LanesInPlace {
         if (fetches_ && plan_.phases.list.size() > 1)
           for (int64_t q = count; q < 2 * count; ++q)
             __builtin_prefetch(tile.c + q * tile.c_pitch, 1);
-        if (fetches_ && axis == 1 && along.step > 1) fetch_windows(count, tile);
+        if (fetches_ && apart) {
+          const bool last = i + 1 == parts;
+          fetch_next(last ? window(part, row + 1, columns.begin, tap_rows.begin, 0)
+                          : a + count * tile.pitch, count * tile.pitch, b, tile);
+        } else if (fetches_ && axis == 1 && along.step > 1) {
+          fetch_windows(count, tile);
+        }
         run_lane_kernel<T>(count, tile);
       }
       at += count;
     }
+  }
+
+  // Of the pixels of a row, how many a tile may have so that what it reads of one block stays in
+  // the first-level cache: the lines around it are the next block's.
+  int64_t pixels_in_cache(const typename LaneTile<T>::Arguments& tile) const {
+    const int64_t bytes = plan_.channels * static_cast<int64_t>(sizeof(T));
+    const int64_t sets = std::min<int64_t>(64, kCacheStride / std::gcd(bytes, kCacheStride));
+    return std::clamp<int64_t>(sets * kCacheWays / (tile.rows * tile.taps), 2,
+                               LaneTile<T>::pixels);
+  }
+
+  // A block's share of the source rows from the next tile's on, `length` elements of each: memory is
+  // then read in few and long runs.
+  void fetch_next(const T* from, int64_t length, int64_t b,
+                  const typename LaneTile<T>::Arguments& tile) const {
+    const int64_t begin = length * b / plan_.blocks, end = length * (b + 1) / plan_.blocks;
+    for (int64_t i = 0; i < tile.rows; ++i)
+      for (int64_t e = begin; e < end; e += 64 / sizeof(T))
+        __builtin_prefetch(from + i * tile.row_stride + e);
   }
 
   // What the same pixels read of a block soon to come.
