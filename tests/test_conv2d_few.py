@@ -42,6 +42,11 @@ SHAPES = {
     "pointwise-in-place-slices": (2, 1280, 5, 7, 4, 1, 1, 0, 1, 1),
     "pointwise-one-column": (3, 16, 11, 1, 4, 1, (1, 2), 0, 1, 1),
     "pointwise-one-pixel": (3, 16, 1, 1, 4, 1, 2, 0, 1, 1),
+    "pointwise-few-pixels": (3, 70, 2, 2, 1, 1, 1, 0, 1, 1),
+    "pointwise-small-planes": (3, 130, 7, 7, 3, 1, 1, 0, 1, 1),
+    "pointwise-one-to-three": (2, 1, 9, 13, 3, 1, 1, 0, 1, 1),
+    "one-to-two": (2, 1, 9, 21, 2, 3, 1, 1, 1, 1),
+    "one-to-four": (2, 1, 10, 23, 4, (5, 3), 1, (2, 1), 1, 1),
     "narrow": (2, 20, 9, 2, 3, 3, 1, 1, 1, 1),
     "groups": (2, 66, 6, 18, 12, 3, 1, 1, 1, 2),
     "many-to-few": (1, 64, 30, 61, 3, 3, 1, 1, 1, 1),
@@ -82,7 +87,10 @@ def test_slices_of_larger_tensors(shape, memory_format):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
     "shape",
-    ["one-output", "eight-outputs", "ten-outputs", "phases", "slices", "pointwise", "boxes"],
+    [
+        *("one-output", "eight-outputs", "ten-outputs", "phases", "slices", "pointwise", "boxes"),
+        *("pointwise-few-pixels", "pointwise-small-planes", "one-to-four"),
+    ],
 )
 def test_repeatable_and_batch_invariant(shape, memory_format):
     check_repeatable_and_batch_invariant(SHAPES[shape], FORMATS[memory_format])

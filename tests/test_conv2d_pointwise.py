@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 SHAPES = {
     "few-to-many": (3, 3, 13, 21, 43, 1, 1, 0, 1, 1),
     "one-to-many": (2, 1, 12, 16, 64, 1, 1, 0, 1, 1),
+    "one-to-many-even": (2, 1, 16, 14, 33, 1, 1, 0, 1, 1),
     "most-to-many": (2, 16, 12, 13, 50, 1, 1, 0, 1, 1),
     "boxes": (1, 1, 90, 95, 6, 1, 1, 0, 1, 1),
     "last-box-of-five": (1, 1, 43, 143, 6, 1, 1, 0, 1, 1),

@@ -7,15 +7,17 @@
 // rows is then one line of pixels, of which every tap reads a shifted copy, and the pixels that
 // fall between two rows are summed in vain. A 1×1 layer reads the image itself, but where a stride
 // sets pixels apart, and of few source channels writes the result itself, some channels at a time.
+// A few channels of the result may also lie side by side: their planes are interleaved at the end.
 //
 // Sums run over chunks of source channels, and inside a chunk over (channel, row tap, column tap):
-// their order depends on the convolution's channels and kernel alone.
+// their order depends on the convolution's channels, kernel and size alone.
 #include "conv2d_planes.h"
 
 #include <algorithm>
 #include <vector>
 
 #include "conv2d_planes_kernel.h"
+#include "interleave.h"
 #include "parallel.h"
 
 namespace pyvit {
@@ -23,10 +25,10 @@ namespace {
 
 constexpr int64_t kChunk = 64;                   // terms of a sum in registers, about
 constexpr int64_t kStreams = 16;                 // planes of a 1×1 layer read from memory at a time
+constexpr int64_t kSmallPlane = 64;              // pixels, of which many planes are one stream
 constexpr int64_t kStreamsApart = 8;             // whose pixels must be brought together first
-constexpr int64_t kFewStreams = 2;               // that leave little to do but to write
-constexpr int64_t kPlanesInCache = 14 << 20;     // of a result; beyond, one stream is written best
-constexpr int64_t kLeastLine = 6;                // vectors of pixels that repay a task of their own
+constexpr int64_t kFewStreams = 2;               // that leave little to do but to write, plane by plane
+constexpr int64_t kLeastLine = 2;                // vectors of pixels that repay a task of their own
 constexpr int64_t kPlaneBandBytes = 128 << 10;   // of the copied image
 constexpr int64_t kPlaneSumBytes = 96 << 10;
 constexpr int64_t kPlaneSourceBytes = 24 << 10;  // of a 1×1 layer, read again for other channels
@@ -40,6 +42,7 @@ struct PlanePlan {
   int64_t K, chunk, first[2], span[2];  // of the taps' offsets
   bool pointwise;                       // the image is read in place
   bool direct;                          // the result is written so, but for less than a vector
+  bool interleaved;                     // the result's channels lie side by side
   int64_t together;                     // channels of the result
   int64_t rows, columns;                // of a box
   bool possible = false;
@@ -47,7 +50,10 @@ struct PlanePlan {
   explicit PlanePlan(const Phases<S>& phases) : g(phases.list[0]) {
     const PatchSource<S>& s = g.source;
     const bool apart = s.stride[3] != 1;  // pixels, as under a 1×1 kernel with a stride
-    if (phases.list.size() > 1 || g.destination.stride[3] != 1 || s.step[0] != 1 ||
+    const Destination<S>& d = g.destination;
+    interleaved = std::is_same_v<S, T> && d.channels > 1 && d.stride[1] == 1 &&
+                  d.stride[3] == d.channels && !apart;
+    if (phases.list.size() > 1 || (d.stride[3] != 1 && !interleaved) || s.step[0] != 1 ||
         s.step[1] != 1 || s.patch_size() == 0)
       return;
     for (int axis = 0; axis < 2; ++axis) {
@@ -59,16 +65,15 @@ struct PlanePlan {
     }
     const int64_t taps = s.patch_size() / s.channels, element = sizeof(T);
     K = s.patch_size();
-    chunk = std::min(s.channels, std::max<int64_t>(1, taps == 1 ? kStreams : kChunk / taps));
+    const bool streams = taps == 1 && s.grid[0] * s.grid[1] > kSmallPlane;
+    chunk = std::min(s.channels, std::max<int64_t>(1, streams ? kStreams : kChunk / taps));
     pointwise = std::is_same_v<S, T> && taps == 1 && first[0] == 0 && first[1] == 0 &&
                 s.grid[0] <= s.height && s.grid[1] <= s.width && !apart;
     const bool rows_joined = !pointwise && g.destination.stride[2] == s.grid[1];
-    direct = std::is_same_v<S, T> && taps == 1 && s.channels <= chunk &&
+    direct = std::is_same_v<S, T> && !interleaved && taps == 1 && s.channels <= kStreams &&
              (rows_joined ? s.grid[0] : 1) * s.grid[1] >= kLeastLine * L;
     if (apart && (!direct || s.channels > kStreamsApart)) return;
-    const int64_t bytes = g.batch * g.groups * g.destination.channels * s.grid[0] * s.grid[1] *
-                          element;
-    together = bytes > kPlanesInCache && s.channels <= kFewStreams ? 1 : PlaneTile<T>::rows;
+    together = direct && s.channels <= kFewStreams ? 1 : PlaneTile<T>::rows;
     if (g.destination.channels > PlaneTile<T>::rows && !direct) return;
     // Between two rows lie as many pixels as the kernel spans.
     if (s.grid[1] < span[1] || K * g.destination.channels * element > kPlaneWeightBytes) return;
@@ -134,11 +139,7 @@ class PlaneWorker {
     rows_ = std::min(plan_.rows, g_.source.grid[0] - row_);
     const int64_t column = box % plan_.boxes_across() * plan_.columns;
     const int64_t columns = std::min(plan_.columns, g_.source.grid[1] - column);
-    // The last vector of a line is read whole, which only a copy allows, unless it may begin early.
-    int64_t in_place = plan_.pointwise ? columns / L * L : 0;
-    if (plan_.direct && in_place > 0) in_place = columns;
-    if (in_place > 0) sum(column, in_place, true);
-    if (in_place < columns) sum(column + in_place, columns - in_place, false);
+    sum(column, columns);
   }
 
  private:
@@ -158,14 +159,22 @@ class PlaneWorker {
   // Destination channels that are summed together, from the first of them.
   int64_t block(int64_t first) const { return std::min(plan_.together, outs_ - first); }
 
+  // Of a line in place, what may be read as whole vectors: the last one ends in what follows, or
+  // begins early where the result is written so; else it is copied.
+  int64_t whole_vectors(int64_t line, int64_t last_channel, int64_t column, bool direct) const {
+    const PatchSource<S>& s = g_.source;
+    const int64_t at = image_ * s.stride[0] + last_channel * s.stride[1] + row_ * s.stride[2] + column;
+    const int64_t end = (g_.batch - 1) * s.stride[0] + (s.channels - 1) * s.stride[1] +
+                        (s.height - 1) * s.stride[2] + s.width;
+    return direct || at + round_up(line, L) <= end ? line : line / L * L;
+  }
+
   // The box's columns [column, column + columns).
-  void sum(int64_t column, int64_t columns, bool in_place) {
+  void sum(int64_t column, int64_t columns) {
     const PatchSource<S>& s = g_.source;
     const Destination<S>& d = g_.destination;
     const int64_t pitch = columns + plan_.span[1], line = (rows_ - 1) * pitch + columns;
-    const int64_t plane = (rows_ + plan_.span[0]) * pitch;
     const bool direct = plan_.direct && line >= L;
-    set_offsets(in_place ? s.stride[1] : plane, pitch);
     typename PlaneTile<T>::Arguments tile;
     tile.offsets = offsets_;
     tile.w_pitch = 1;
@@ -175,30 +184,53 @@ class PlaneWorker {
                          : sums_;
     for (int64_t c = 0; c < s.channels; c += plan_.chunk) {
       const int64_t count = std::min(plan_.chunk, s.channels - c);
-      tile.x = band_;
-      if (in_place) {
+      const int64_t whole =
+          plan_.pointwise ? whole_vectors(line, c + count - 1, column, direct) : 0;
+      tile.length = count * taps_;
+      tile.base = c == 0 ? bias_ : nullptr;
+      tile.from = tile.c = to;
+      if (whole > 0) {
         tile.x = reinterpret_cast<const T*>(s.data) + image_ * s.stride[0] + c * s.stride[1] +
                  row_ * s.stride[2] + column;
-      } else {
-        pack(c, count, column, pitch);
+        set_offsets(s.stride[1], 0);
+        multiply(tile, c, whole, direct);
       }
-      tile.length = count * taps_;
-      for (int64_t o = 0; o < outs_; o += plan_.together) {
-        tile.w = weights_ + o * plan_.K + c * taps_ * block(o);
-        tile.w_step = block(o);
-        tile.base = c == 0 ? bias_ + o : nullptr;
-        tile.from = tile.c = to + o * tile.c_pitch;
-        if (direct) {
-          run_plane_rows<T>(block(o), line, tile);
-        } else {
-          run_plane_kernel<T>(block(o), ceil_div(line, L), tile);
-        }
+      if (whole < line) {
+        const int64_t left = pitch - whole;  // a line in place is one row
+        pack(c, count, column + whole, left);
+        tile.x = band_;
+        tile.from = tile.c = to + whole;
+        set_offsets((rows_ + plan_.span[0]) * left, left);
+        multiply(tile, c, line - whole, direct);
       }
     }
     if (!direct) store(column, columns, pitch);
   }
 
+  // All destination channels of a line, from source channel c on.
+  void multiply(typename PlaneTile<T>::Arguments tile, int64_t c, int64_t line, bool direct) const {
+    const T *base = tile.base, *from = tile.from;
+    T* const to = tile.c;
+    for (int64_t o = 0; o < outs_; o += plan_.together) {
+      tile.w = weights_ + o * plan_.K + c * taps_ * block(o);
+      tile.w_step = block(o);
+      tile.base = base == nullptr ? nullptr : base + o;
+      tile.from = from + o * tile.from_pitch;
+      tile.c = to + o * tile.c_pitch;
+      if (!direct) {
+        run_plane_kernel<T>(block(o), ceil_div(line, L), tile);
+        continue;
+      }
+      tile.repeats = plan_.together == 1 ? outs_ : 1;  // all of them, one behind the other
+      tile.w_repeat = plan_.K, tile.base_repeat = 1, tile.c_repeat = tile.c_pitch;
+      run_plane_rows<T>(block(o), line, tile);
+      if (tile.repeats > 1) return;
+    }
+  }
+
   void set_offsets(int64_t plane, int64_t pitch) {
+    if (plane == plane_ && pitch == pitch_) return;
+    plane_ = plane, pitch_ = pitch;
     int64_t* to = offsets_;
     for (int64_t c = 0; c < plan_.chunk; ++c)
       for (const Tap& i : g_.source.taps[0])
@@ -225,6 +257,13 @@ class PlaneWorker {
 
   void store(int64_t column, int64_t columns, int64_t pitch) const {
     const Destination<S>& d = g_.destination;
+    if constexpr (std::is_same_v<S, T>) {
+      S* out = d.data + image_ * d.stride[0] + row_ * d.stride[2] + column * d.stride[3];
+      for (int64_t r = 0; r < rows_ && plan_.interleaved; ++r)
+        interleave(out + r * d.stride[2], static_cast<const T*>(sums_ + r * pitch),
+                   plan_.sum_plane(), outs_, columns);
+      if (plan_.interleaved) return;
+    }
     for (int64_t o = 0; o < outs_; ++o) {
       S* out = d.data + image_ * d.stride[0] + o * d.stride[1] + row_ * d.stride[2] + column;
       for (int64_t r = 0; r < rows_; ++r)
@@ -237,6 +276,7 @@ class PlaneWorker {
   Gather<S> g_;
   T *weights_, *band_, *sums_, *bias_;
   int64_t* offsets_;
+  int64_t plane_ = -1, pitch_ = -1;  // of the offsets
   int64_t group_ = -1, image_ = 0, row_ = 0, rows_ = 0;
 };
 

@@ -33,7 +33,7 @@ struct PlaneTile {
     T* c;
     int64_t c_pitch;
     int64_t tiles = 1;                                 // of so many vectors side by side
-    int64_t repeats = 1, w_repeat = 0, c_repeat = 0;  // with other rows
+    int64_t repeats = 1, w_repeat = 0, base_repeat = 0, c_repeat = 0;  // with other rows
   };
   using Kernel = void (*)(const Arguments&);
 };
@@ -59,13 +59,14 @@ void plane_kernel(const typename PlaneTile<T>::Arguments& arguments) {
         }
       }
       T* c = g.c + repeat * g.c_repeat + at;
+      const T* base = g.base + repeat * g.base_repeat;
       const T* from = g.from + at;
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r, c += g.c_pitch, from += g.from_pitch) {
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v)
           store(c + v * L,
-                (g.base == nullptr ? load(from + v * L) : broadcast(g.base[r])) + sum[r][v]);
+                (g.base == nullptr ? load(from + v * L) : broadcast(base[r])) + sum[r][v]);
       }
     }
   }
@@ -93,7 +94,10 @@ inline constexpr auto kPlaneKernelTable = plane_kernels_by_rows<T>(
 template <class T>
 inline void run_plane_kernel(int64_t rows, int64_t vectors,
                              typename PlaneTile<T>::Arguments g) {
-  const int64_t parts = ceil_div(vectors, PlaneTile<T>::vectors[rows - 1]);
+  int64_t parts = ceil_div(vectors, PlaneTile<T>::vectors[rows - 1]);
+  // With other rows to come, a rest would be a second pass over them.
+  for (int64_t even = parts; g.repeats > 1 && even < 2 * parts; ++even)
+    if (vectors % even == 0) parts = even, even = 2 * parts;
   const int64_t width = ceil_div(vectors, parts), rest = vectors % width;
   g.tiles = vectors / width;
   kPlaneKernelTable<T>[rows - 1][width - 1](g);
