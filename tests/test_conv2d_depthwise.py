@@ -41,6 +41,8 @@ SHAPES = {
     "strided-beyond-the-cache": (2, 40, 230, 231, 40, 3, 2, 1, 1, 40),
     "strided-apart-beyond-the-cache": (1, 72, 230, 231, 72, 3, 3, 1, 1, 72),
     "strided-in-few-sets": (1, 256, 11, 34, 256, 3, 3, 1, 1, 256),
+    "idle-tap-between-others": (2, 20, 2, 16, 20, 5, 3, (3, 1), 1, 20),
+    "idle-tap-of-three": (2, 3, 8, 2, 3, (3, 5), 3, 3, (2, 1), 3),
     "stride-beyond-kernel": (2, 20, 11, 12, 20, 2, 3, 0, 1, 20),
     "dilated-strided": (2, 20, 31, 34, 20, (5, 3), (2, 3), (6, 3), (3, 2), 20),
     "common-factor": (1, 20, 23, 21, 20, 3, 2, 4, 4, 20),

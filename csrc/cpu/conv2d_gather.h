@@ -8,6 +8,7 @@
 // one phase.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "conv2d.h"
@@ -116,8 +117,9 @@ Phases<S> input_grad_phases(const Conv2dShape& shape, View4 dy, View4 w, View4 d
   return phases;
 }
 
-// Leaves out the taps that meet no source pixel from any destination pixel, as with a dilation
-// beyond the image's size.
+// Leaves out the first and last taps that meet no source pixel from any destination pixel, as with a
+// dilation beyond the image's size. Those that a step has pass over a small image stay: taps are
+// equally spaced.
 template <class S>
 void drop_idle_taps(Phases<S>& phases) {
   for (Gather<S>& phase : phases.list) {
@@ -129,7 +131,8 @@ void drop_idle_taps(Phases<S>& phases) {
         return meets.begin >= meets.end;
       };
       auto& taps = source.taps[axis];
-      taps.erase(std::remove_if(taps.begin(), taps.end(), idle), taps.end());
+      taps.erase(taps.begin(), std::find_if_not(taps.begin(), taps.end(), idle));
+      while (!taps.empty() && idle(taps.back())) taps.pop_back();
     }
   }
 }
