@@ -192,8 +192,8 @@ class LanesInPlace {
   int64_t pixels_in_cache(const typename LaneTile<T>::Arguments& tile) const {
     const int64_t bytes = plan_.channels * static_cast<int64_t>(sizeof(T));
     const int64_t sets = std::min<int64_t>(64, kCacheStride / std::gcd(bytes, kCacheStride));
-    return std::clamp<int64_t>(sets * kCacheWays / (tile.rows * tile.taps), 2,
-                               LaneTile<T>::pixels);
+    const int64_t lines = std::max<int64_t>(1, tile.rows * tile.taps);  // of a pixel
+    return std::clamp<int64_t>(sets * kCacheWays / lines, 2, LaneTile<T>::pixels);
   }
 
   // A block's share of the source rows from the next tile's on, `length` elements of each: memory is
