@@ -27,6 +27,10 @@ SHAPES = {
     "strided": (3, 48, 7, 7, 33, 3, 2, 0, 2, 1),
     "strided-far": (2, 70, 4, 4, 64, 3, 3, 0, 1, 1),
     "groups": (2, 72, 3, 3, 96, 3, 2, 1, 1, 2),
+    "windows": (8, 40, 6, 5, 10, 5, 1, 2, 1, 1),
+    "windows-groups": (7, 72, 10, 9, 20, (3, 5), (3, 2), (2, 2), (2, 1), 2),
+    "windows-beside-the-image": (2, 33, 2, 1, 12, 3, 1, 3, 1, 1),
+    "windows-two-blocks": (2, 300, 5, 5, 16, 9, 1, 4, 1, 1),
     "long-rows": (1, 300, 2, 2, 30, 3, 1, 1, 1, 1),
     "many-outputs": (2, 32, 2, 2, 1100, 2, 1, 1, 1, 1),
     "pointwise": (2, 130, 3, 2, 33, 1, 1, 0, 1, 1),
@@ -51,7 +55,7 @@ def test_as_accurate_as_torch(shape, dtype, memory_format, weight_format):
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
-    "shape", ["nine-pixels", "whole-image-few-channels", "strided", "idle-taps"]
+    "shape", ["nine-pixels", "whole-image-few-channels", "strided", "idle-taps", "windows"]
 )
 def test_slices_of_larger_tensors(shape, memory_format):
     check_slices(SHAPES[shape], FORMATS[memory_format])
@@ -60,7 +64,11 @@ def test_slices_of_larger_tensors(shape, memory_format):
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
-    "shape", ["one-pixel", "nine-pixels", "strided", "groups", "long-rows", "whole-image-kernel"]
+    "shape",
+    [
+        *("one-pixel", "nine-pixels", "strided", "groups", "long-rows", "whole-image-kernel"),
+        *("windows", "windows-groups"),
+    ],
 )
 def test_repeatable_and_batch_invariant(shape, memory_format):
     check_repeatable_and_batch_invariant(SHAPES[shape], FORMATS[memory_format])

@@ -27,7 +27,7 @@ constexpr int64_t kChunk = 64;                   // terms of a sum in registers,
 constexpr int64_t kStreams = 16;                 // planes of a 1×1 layer read from memory at a time
 constexpr int64_t kSmallPlane = 64;              // pixels, of which many planes are one stream
 constexpr int64_t kStreamsApart = 8;             // whose pixels must be brought together first
-constexpr int64_t kFewStreams = 2;               // that leave little to do but to write, plane by plane
+constexpr int64_t kFewStreams = 2;               // leave little to do but to write, plane by plane
 constexpr int64_t kLeastLine = 2;                // vectors of pixels that repay a task of their own
 constexpr int64_t kPlaneBandBytes = 128 << 10;   // of the copied image
 constexpr int64_t kPlaneSumBytes = 96 << 10;
@@ -163,7 +163,8 @@ class PlaneWorker {
   // begins early where the result is written so; else it is copied.
   int64_t whole_vectors(int64_t line, int64_t last_channel, int64_t column, bool direct) const {
     const PatchSource<S>& s = g_.source;
-    const int64_t at = image_ * s.stride[0] + last_channel * s.stride[1] + row_ * s.stride[2] + column;
+    const int64_t at =
+        image_ * s.stride[0] + last_channel * s.stride[1] + row_ * s.stride[2] + column;
     const int64_t end = (g_.batch - 1) * s.stride[0] + (s.channels - 1) * s.stride[1] +
                         (s.height - 1) * s.stride[2] + s.width;
     return direct || at + round_up(line, L) <= end ? line : line / L * L;

@@ -10,7 +10,7 @@
 
 namespace pyvit {
 
-// c[pixel][row] += Σ_k a[pixel, k] · w[row, k], k contiguous on both sides.
+// c[pixel][row] += Σ_k a[pixel, k] · w[row, k], k contiguous on both sides, or in some runs.
 template <class T>
 struct DotTile {
 #if defined(__AVX512F__)
@@ -26,6 +26,7 @@ struct DotTile {
     T* c;
     int64_t c_pitch;
     int64_t row_count;
+    int64_t runs = 1, a_step = 0, w_step = 0;  // from one run to the next
   };
   using Kernel = void (*)(const Arguments&);
 };
@@ -34,28 +35,34 @@ template <class T, int Pixels>
 void dot_kernel(const typename DotTile<T>::Arguments& g) {
   constexpr int L = kLanes<T>, rows = DotTile<T>::rows;
   Vec<T> sum[rows][Pixels] = {};
+  const T* a_run = g.a;
   auto multiply = [&](int64_t k, const Vec<T>* w) {
 #pragma GCC unroll 8
     for (int p = 0; p < Pixels; ++p) {
-      const Vec<T> a = load(g.a + p * g.pitch + k);
+      const Vec<T> a = load(a_run + p * g.pitch + k);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) sum[r][p] = fma(a, w[r], sum[r][p]);
     }
   };
-  int64_t k = 0;
-  for (; k + L <= g.length; k += L) {
-    Vec<T> w[rows];
-    for (int r = 0; r < rows; ++r) w[r] = load(g.w[r] + k);
-    multiply(k, w);
-  }
-  if (k < g.length) {
-    T end[rows][L] = {};
-    Vec<T> w[rows];
-    for (int r = 0; r < rows; ++r) {
-      std::memcpy(end[r], g.w[r] + k, (g.length - k) * sizeof(T));
-      w[r] = load(end[r]);
+  const T* w_run[rows];
+  for (int r = 0; r < rows; ++r) w_run[r] = g.w[r];
+  for (int64_t run = 0; run < g.runs; ++run, a_run += g.a_step) {
+    int64_t k = 0;
+    for (; k + L <= g.length; k += L) {
+      Vec<T> w[rows];
+      for (int r = 0; r < rows; ++r) w[r] = load(w_run[r] + k);
+      multiply(k, w);
     }
-    multiply(k, w);
+    if (k < g.length) {
+      T end[rows][L] = {};
+      Vec<T> w[rows];
+      for (int r = 0; r < rows; ++r) {
+        std::memcpy(end[r], w_run[r] + k, (g.length - k) * sizeof(T));
+        w[r] = load(end[r]);
+      }
+      multiply(k, w);
+    }
+    for (int r = 0; r < rows; ++r) w_run[r] += g.w_step;
   }
   for (int p = 0; p < Pixels; ++p)
     for (int r = 0; r < rows; ++r)
