@@ -8,12 +8,7 @@ image, in an order that neither other images nor the schedule change. L2's pass 
 
     ‖x + a·d - x0‖² = ‖x - x0‖² + 2a·⟨x - x0, d⟩ + a²·‖d‖²
 
-L1 gives each image to one program, which walks over it until both thresholds are found: the
-smallest score that moves, eight bits of its pattern in a pass, by counting; and the λ at which
-
-    f(λ) = Σ_i min(max(|w_i| - λ, 0), room_i)
-
-is eps, by Newton's method inside a bracket (csrc/cpu/projected_step_l1.cpp says more).
+L1 is in projected_step_l1.py.
 """
 
 from __future__ import annotations
@@ -25,10 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyvit.kernels import projected_step_l1
+from pyvit.kernels.projected_step_pieces import clamp, of_image, read, rounded
+
 CHUNK = 4096  # elements of one program: 32 a thread
 WARPS = 4
-TILE = 2048  # elements that an image's program of L1 has in registers at once
-L1_WARPS = 16  # there is one program an image: the more, the better
 
 LINF, L2, L1 = range(3)
 
@@ -130,9 +126,7 @@ def _launch_step(x, direction, x0, out, norm, raw, targeted, lengths, quantile) 
         )
     else:
         wanted = max(1, math.floor((1 - quantile) * elements + 0.5))
-        _l1_kernel[(batch,)](
-            *operands, *sizes, wanted, TILE=TILE, **(options | {"num_warps": L1_WARPS})
-        )
+        projected_step_l1.launch(batch, *operands, *sizes, wanted, **options)
 
 
 def _momentum(grad: Tensor, momentum: Tensor, decay: float) -> Tensor:
@@ -166,32 +160,6 @@ def _place(elements, chunks, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _read(pointer, at, mask):
-    return tl.load(pointer + at, mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _rounded(value, like):
-    """To the storage type and back."""
-    return tl.cast(value, like.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def _clamp(value, lo, hi):
-    """Lets NaN pass, as torch.clamp does."""
-    value = tl.where(value < lo, lo, value)
-    return tl.where(value > hi, hi, value)
-
-
-@triton.jit
-def _of_image(number, numbers, image, ONE_EACH: tl.constexpr):
-    if ONE_EACH:
-        return tl.load(numbers + image).to(tl.float32)
-    else:
-        return tl.cast(number, tl.float32)
-
-
-@triton.jit
 def _safe_scale(value):
     """A power of two that keeps a norm or a mean (float64) within float32's range."""
     return tl.where(value > 1e30, 2.0**-60, tl.where(value < 1e-30, 2.0**60, 1.0))
@@ -209,7 +177,7 @@ def _chunk_sums(sums, chunks, CHUNKS: tl.constexpr):
 @triton.jit
 def _abs_sums_kernel(grad, sums, elements, chunks, CHUNK: tl.constexpr):
     _, _, at, mask = _place(elements, chunks, CHUNK)
-    total = tl.sum(tl.abs(_read(grad, at, mask)).to(tl.float64))
+    total = tl.sum(tl.abs(read(grad, at, mask)).to(tl.float64))
     tl.store(sums + tl.program_id(0), total)
 
 
@@ -222,8 +190,8 @@ def _momentum_kernel(
     scale = _safe_scale(mean)
     # Zero divides to zero: an image without a gradient adds nothing.
     divisor = tl.where(mean == 0, 1.0, mean * scale).to(tl.float32)
-    by_mean = tl.div_rn(_read(grad, at, mask) * scale.to(tl.float32), divisor)
-    value = by_mean + _read(before, at, mask) * decay
+    by_mean = tl.div_rn(read(grad, at, mask) * scale.to(tl.float32), divisor)
+    value = by_mean + read(before, at, mask) * decay
     tl.store(after + at, value.to(after.dtype.element_ty), mask)
 
 
@@ -251,23 +219,23 @@ def _linf_kernel(
     EPSILONS: tl.constexpr,
 ):
     image, _, at, mask = _place(elements, chunks, CHUNK)
-    step = _of_image(step_size, step_sizes, image, STEPS)
-    radius = _of_image(eps, eps_of_image, image, EPSILONS)
+    step = of_image(step_size, step_sizes, image, STEPS)
+    radius = of_image(eps, eps_of_image, image, EPSILONS)
     if TARGETED:
         step = -step
-    d = _read(direction, at, mask)
+    d = read(direction, at, mask)
     if RAW:
-        move = _rounded(step * d, x)
+        move = rounded(step * d, x)
     else:  # sign(NaN) is 0
-        length = _rounded(step, x)
+        length = rounded(step, x)
         move = tl.where(d > 0, length, tl.where(d < 0, -length, 0.0))
-    moved = _rounded(_read(x, at, mask) + move, x)
-    centre = _read(x0, at, mask)
-    outer = _rounded(radius, x)
-    delta = _clamp(_rounded(moved - centre, x), -outer, outer)
-    inside = tl.where(radius < float("inf"), _rounded(centre + delta, x), moved)
-    lowest, highest = _rounded(lo, x), _rounded(hi, x)
-    tl.store(out + at, _clamp(inside, lowest, highest).to(out.dtype.element_ty), mask)
+    moved = rounded(read(x, at, mask) + move, x)
+    centre = read(x0, at, mask)
+    outer = rounded(radius, x)
+    delta = clamp(rounded(moved - centre, x), -outer, outer)
+    inside = tl.where(radius < float("inf"), rounded(centre + delta, x), moved)
+    lowest, highest = rounded(lo, x), rounded(hi, x)
+    tl.store(out + at, clamp(inside, lowest, highest).to(out.dtype.element_ty), mask)
 
 
 # ---- L2 -----------------------------------------------------------------------------------------
@@ -276,8 +244,8 @@ def _linf_kernel(
 @triton.jit
 def _l2_sums_kernel(x, direction, x0, sums, elements, chunks, CHUNK: tl.constexpr):
     image, chunk, at, mask = _place(elements, chunks, CHUNK)
-    d = _read(direction, at, mask).to(tl.float64)
-    delta = (_read(x, at, mask) - _read(x0, at, mask)).to(tl.float64)
+    d = read(direction, at, mask).to(tl.float64)
+    delta = (read(x, at, mask) - read(x0, at, mask)).to(tl.float64)
     to = sums + image.to(tl.int64) * 3 * chunks + chunk
     tl.store(to, tl.sum(d * d))
     tl.store(to + chunks, tl.sum(delta * delta))
@@ -307,14 +275,14 @@ def _l2_kernel(
     EPSILONS: tl.constexpr,
 ):
     image, _, at, mask = _place(elements, chunks, CHUNK)
-    step = _of_image(step_size, step_sizes, image, STEPS).to(tl.float64)
-    radius = _of_image(eps, eps_of_image, image, EPSILONS).to(tl.float64)
+    step = of_image(step_size, step_sizes, image, STEPS).to(tl.float64)
+    radius = of_image(eps, eps_of_image, image, EPSILONS).to(tl.float64)
     if TARGETED:
         step = -step
-    of_image = sums + image.to(tl.int64) * 3 * chunks
-    squares = _chunk_sums(of_image, chunks, CHUNKS)
-    deltas = _chunk_sums(of_image + chunks, chunks, CHUNKS)
-    products = _chunk_sums(of_image + 2 * chunks, chunks, CHUNKS)
+    here = sums + image.to(tl.int64) * 3 * chunks
+    squares = _chunk_sums(here, chunks, CHUNKS)
+    deltas = _chunk_sums(here + chunks, chunks, CHUNKS)
+    products = _chunk_sums(here + 2 * chunks, chunks, CHUNKS)
     norm = tl.sqrt(squares)
     if RAW:
         norm = norm * 0 + 1
@@ -326,158 +294,8 @@ def _l2_kernel(
     length = tl.sqrt(tl.where(square < 0, 0.0, square))  # rounding may go below 0; NaN passes
     # A NaN length makes the whole image NaN, and a perturbation of zero needs no shrinking.
     shrink = tl.where(length <= radius, 1.0, radius / length).to(tl.float32)
-    move = _read(direction, at, mask) * scale.to(tl.float32) * factor
-    moved, centre = _read(x, at, mask) + move, _read(x0, at, mask)
+    move = read(direction, at, mask) * scale.to(tl.float32) * factor
+    moved, centre = read(x, at, mask) + move, read(x0, at, mask)
     inside = tl.where(radius < float("inf"), centre + (moved - centre) * shrink, moved)
-    lowest, highest = _rounded(lo, x), _rounded(hi, x)
-    tl.store(out + at, _clamp(inside, lowest, highest).to(out.dtype.element_ty), mask)
-
-
-# ---- L1 -----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _score(x, d, lo, hi):
-    """|d|, and 0 where a bound forbids the move."""
-    up, down = tl.where(x >= hi, 0.0, d), tl.where(x <= lo, 0.0, -d)
-    return tl.where(d > 0, up, tl.where(d < 0, down, 0.0))
-
-
-@triton.jit
-def _deltas(
-    x, direction, x0, at, mask, sign, step, smallest, tied, ties, seen, lo, hi, RAW: tl.constexpr
-):
-    """x + step - x0 of one tile, and how many ties have been seen after it."""
-    value, centre = _read(x, at, mask), _read(x0, at, mask)
-    d = _read(direction, at, mask) * sign
-    if RAW:
-        return value + step * d - centre, seen
-    score = _score(value, d, lo, hi)
-    is_tied = ((score == tied) & mask).to(tl.int32)
-    rank = seen + tl.cumsum(is_tied, 0)
-    moves = (score >= smallest) | ((is_tied != 0) & (rank <= ties))
-    along = tl.where(d < 0, -step, step)
-    return value + tl.where(moves, along, 0.0) - centre, seen + tl.sum(is_tied)
-
-
-@triton.jit
-def _l1_kernel(
-    x,
-    direction,
-    x0,
-    out,
-    step_size,
-    eps,
-    step_sizes,
-    eps_of_image,
-    lo,
-    hi,
-    elements,
-    chunks,
-    wanted,
-    TILE: tl.constexpr,
-    RAW: tl.constexpr,
-    TARGETED: tl.constexpr,
-    STEPS: tl.constexpr,
-    EPSILONS: tl.constexpr,
-):
-    image = tl.program_id(0)
-    base = image.to(tl.int64) * elements
-    step = _of_image(step_size, step_sizes, image, STEPS)
-    radius = _of_image(eps, eps_of_image, image, EPSILONS).to(tl.float64)
-    lowest, highest = _rounded(lo, x), _rounded(hi, x)
-    sign = 1.0
-    if TARGETED:
-        sign = -1.0
-    infinity = float("inf")
-    within = tl.arange(0, TILE)
-
-    # The pixels that move: those whose score is at least `smallest`, and the first `ties` of those
-    # whose score is `tied`.
-    not_finite = tl.zeros([TILE], tl.int32)
-    if RAW:
-        smallest, tied, ties = infinity, infinity, 0
-    else:
-        digits = tl.arange(0, 256)
-        known, left, count, shift = 0, wanted, 0, 24
-        while shift >= 0:  # eight bits at a time; `known` are those found before
-            counts = tl.zeros([256], tl.int32)
-            for start in range(0, elements, TILE):
-                at, mask = base + start + within, start + within < elements
-                d = _read(direction, at, mask) * sign
-                not_finite |= (~(tl.abs(d) < infinity)).to(tl.int32)
-                score = _score(_read(x, at, mask), d, lowest, highest)
-                bits = score.to(tl.int32, bitcast=True).to(tl.int64) >> shift
-                counts += tl.histogram((bits & 255).to(tl.int32), 256, mask & (bits >> 8 == known))
-            at_least = tl.cumsum(counts, 0, reverse=True)
-            digit = tl.max(tl.where(at_least >= left, digits, 0))
-            count = tl.sum(tl.where(digits == digit, counts, 0))
-            left -= tl.sum(tl.where(digits > digit, counts, 0))
-            known = known * 256 + digit
-            shift -= 8
-        # `known` is the k-th largest score, and `left` of the `count` pixels that have it are kept.
-        whole = (known == 0) | (left == count)
-        next_up = tl.where(whole, tl.maximum(known, 1), known + 1)
-        smallest = next_up.to(tl.float32, bitcast=True)
-        tied = tl.where(whole, infinity, known.to(tl.float32, bitcast=True))
-        ties = tl.where(whole, 0, left)
-        moving = tl.where(known == 0, wanted - left, wanted)
-        step = tl.div_rn(step, tl.maximum(moving, 1).to(tl.float32))
-
-    largest, seen = tl.zeros([TILE], tl.float32), tl.zeros([], tl.int32)
-    for start in range(0, elements, TILE):
-        at, mask = base + start + within, start + within < elements
-        delta, seen = _deltas(
-            *(x, direction, x0, at, mask, sign, step, smallest, tied, ties, seen),
-            *(lowest, highest, RAW),
-        )
-        size = tl.abs(delta)
-        not_finite |= (~(size < infinity)).to(tl.int32)
-        largest = tl.maximum(largest, size)
-    finite = tl.max(not_finite) == 0
-
-    low, high, shrink = 0.0, tl.max(largest), 0.0  # f(low) > eps >= f(high)
-    round = 0
-    searching = finite & (radius < infinity)
-    while searching:
-        sliding = tl.zeros([TILE], tl.float64)
-        full = tl.zeros([TILE], tl.float64)
-        number = tl.zeros([TILE], tl.int32)
-        seen = 0
-        for start in range(0, elements, TILE):
-            at, mask = base + start + within, start + within < elements
-            delta, seen = _deltas(
-                *(x, direction, x0, at, mask, sign, step, smallest, tied, ties, seen),
-                *(lowest, highest, RAW),
-            )
-            centre = _read(x0, at, mask)
-            size = tl.abs(delta)
-            room = tl.where(delta > 0, highest - centre, centre - lowest)
-            slides = (size > shrink) & (size - shrink < room) & mask
-            sliding += tl.where(slides, size, 0.0)
-            number += slides.to(tl.int32)
-            capped = mask & ~(size - shrink < room)
-            full += tl.where(capped & (room > 0), room, 0.0)
-        n = tl.sum(number).to(tl.float64)
-        total = tl.sum(sliding) + tl.sum(full)
-        inside = total - n * shrink <= radius
-        high, low = tl.where(inside, shrink, high), tl.where(inside, low, shrink)
-        newton = ((total - radius) / n).to(tl.float32)
-        found = (inside & (shrink == 0)) | (newton == shrink)
-        astray = ~((low < newton) & (newton < high)) | (round % 8 == 7)
-        step_to = tl.where(astray, low + (high - low) / 2, newton)
-        stuck = ~((low < step_to) & (step_to < high))  # neighbouring numbers: stay in the ball
-        shrink = tl.where(found, shrink, tl.where(stuck, high, step_to))
-        round += 1
-        searching = ~(found | stuck)
-
-    seen = 0
-    for start in range(0, elements, TILE):
-        at, mask = base + start + within, start + within < elements
-        delta, seen = _deltas(
-            *(x, direction, x0, at, mask, sign, step, smallest, tied, ties, seen),
-            *(lowest, highest, RAW),
-        )
-        kept = tl.maximum(tl.abs(delta) - shrink, 0.0)
-        y = _clamp(_read(x0, at, mask) + tl.where(delta < 0, -kept, kept), lowest, highest)
-        tl.store(out + at, tl.where(finite, y, float("nan")).to(out.dtype.element_ty), mask)
+    lowest, highest = rounded(lo, x), rounded(hi, x)
+    tl.store(out + at, clamp(inside, lowest, highest).to(out.dtype.element_ty), mask)
