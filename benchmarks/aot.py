@@ -6,7 +6,8 @@ shipped configurations (aot_cases.py lists them). For each kernel a table tells 
 bytes, shared memory, matrix instructions, and how many programs a multiprocessor holds at once;
 beside it what the work costs at least on an H200 (cost.py). A kernel fails that spills, that asks
 for more shared memory than there is, or that multiplies matrices without matrix instructions:
-HGMMA alone on sm_90 for 16-bit types, HMMA on sm_80. float32 has none, unless TF32 is allowed.
+HGMMA alone on sm_90 for 16-bit types, HMMA on sm_80. float32 has none, unless TF32 is allowed: its
+products must be fused multiply-adds.
 
 It compiles with the Triton that is installed. For another one, ``make aot TRITON=3.6.0``, which is
 
@@ -92,6 +93,7 @@ class Report:
     programs: int  # that fit a multiprocessor at once
     problems: list[str]
     allowed: list[str]
+    ffma: int = 0
 
 
 # ---- from a case to machine code ----------------------------------------------------------------
@@ -176,7 +178,9 @@ def expected(code: str, arch: int) -> str:
     narrow = any(re.search(r"x(bf16|f16)> \*", line) for line in products)
     if narrow:
         return "HGMMA" if arch >= 90 else "HMMA"
-    return "either" if any("inputPrecision = tf32" in line for line in products) else ""
+    if any("inputPrecision = tf32" in line for line in products):
+        return "either"
+    return "FFMA" if products else ""
 
 
 def problems(report: Report, wanted: str) -> list[str]:
@@ -192,6 +196,8 @@ def problems(report: Report, wanted: str) -> list[str]:
         found.append("no HMMA")
     if wanted == "either" and report.hgmma + report.hmma == 0:
         found.append("neither HGMMA nor HMMA")
+    if wanted == "FFMA" and report.ffma == 0:
+        found.append("no FFMA: products and sums are not fused")
     return found
 
 
@@ -219,6 +225,7 @@ def inspect(compiled, launch: Launch, arch: int, case: str = "", allowed: str = 
         programs=programs_at_once(registers, warps, shared, LIMITS[arch]),
         problems=[],
         allowed=[],
+        ffma=len(re.findall(r"\bFFMA\b", code)),
     )
     wanted = expected(compiled.asm["ttir"], arch)
     report.problems = problems(report, wanted)

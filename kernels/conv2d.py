@@ -143,6 +143,7 @@ def conv2d_weight_grad(
         *(*stride, padding[0], padding[2], *dilation, *tuning.strides(grad), *tuning.strides(x)),
         PRECISION=precision,
         **tile,
+        **tuning.ROUNDS_EACH,
     )
     parts.add(sums, out)
     return out
@@ -188,6 +189,7 @@ def _sum_over_taps(
         BIAS=bias is not None,
         PRECISION=precision,
         **tile,
+        **tuning.ROUNDS_EACH,
     )
 
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyvit.kernels import tuning
+
 TILE = 1024  # elements of one program
 
 
@@ -18,7 +20,9 @@ def add(sums: Tensor, out: Tensor) -> None:
     """``out[e] = Σ sums[part, e]``: sums is contiguous, out a weight with any strides."""
     total = out.numel()
     _add_parts_kernel[(triton.cdiv(total, TILE),)](
-        *(sums, out, sums.shape[0], total, *out.shape[1:], *out.stride()), TILE=TILE
+        *(sums, out, sums.shape[0], total, *out.shape[1:], *out.stride()),
+        TILE=TILE,
+        **tuning.ROUNDS_EACH,
     )
 
 

@@ -71,6 +71,7 @@ def patch_embed(image, weight, bias, pos_embed, cls_token, mean, std, stride) ->
         BYTES=image.dtype == torch.uint8,
         PRECISION=_precision(),
         **tile,
+        **tuning.ROUNDS_EACH,
     )
     return out
 
@@ -99,6 +100,7 @@ def patch_embed_image_grad(grad, weight, std, image_size, stride, channels_last)
         STD=std is not None,
         PRECISION=_precision(),
         **tile,
+        **tuning.ROUNDS_EACH,
     )
     return out
 
@@ -128,6 +130,7 @@ def patch_embed_weight_grad(grad, image, mean, std, weight_size, stride, channel
         BYTES=image.dtype == torch.uint8,
         PRECISION=_precision(),
         **tile,
+        **tuning.ROUNDS_EACH,
     )
     parts.add(sums, out)
     return out

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyvit.kernels import projected_step_l1
+from pyvit.kernels import projected_step_l1, tuning
 from pyvit.kernels.projected_step_pieces import clamp, of_image, read, rounded
 
 CHUNK = 4096  # elements of one program: 32 a thread
@@ -112,14 +112,17 @@ def _launch_step(x, direction, x0, out, norm, raw, targeted, lengths, quantile) 
         "STEPS": step_sizes is not None,
         "EPSILONS": eps_of_image is not None,
         "num_warps": WARPS,
-        "enable_fp_fusion": False,  # a product and a sum round twice, as PyTorch's do
+        **tuning.ROUNDS_EACH,  # a product and a sum round twice, as PyTorch's do
     }
     if norm == LINF:
         _linf_kernel[(batch * chunks,)](*operands, *sizes, CHUNK=CHUNK, **options)
     elif norm == L2:
         sums = torch.empty((batch, 3, chunks), dtype=torch.float64, device=x.device)
         _l2_sums_kernel[(batch * chunks,)](
-            x, direction, x0, sums, elements, chunks, CHUNK=CHUNK, num_warps=WARPS
+            *(x, direction, x0, sums, elements, chunks),
+            CHUNK=CHUNK,
+            num_warps=WARPS,
+            **tuning.ROUNDS_EACH,
         )
         _l2_kernel[(batch * chunks,)](
             *operands, sums, *sizes, CHUNK=CHUNK, CHUNKS=triton.next_power_of_2(chunks), **options
@@ -136,13 +139,15 @@ def _momentum(grad: Tensor, momentum: Tensor, decay: float) -> Tensor:
     sums = torch.empty((batch, chunks), dtype=torch.float64, device=grad.device)
     after = torch.empty_like(grad)
     grid = (batch * chunks,)
-    _abs_sums_kernel[grid](grad, sums, elements, chunks, CHUNK=CHUNK, num_warps=WARPS)
+    _abs_sums_kernel[grid](
+        *(grad, sums, elements, chunks), CHUNK=CHUNK, num_warps=WARPS, **tuning.ROUNDS_EACH
+    )
     _momentum_kernel[grid](
         *(grad, momentum, after, sums, decay, elements, chunks),
         CHUNK=CHUNK,
         CHUNKS=triton.next_power_of_2(chunks),
         num_warps=WARPS,
-        enable_fp_fusion=False,
+        **tuning.ROUNDS_EACH,
     )
     return after
 

@@ -21,6 +21,11 @@ from torch import Tensor
 
 Configuration = dict[str, int]
 
+# Triton up to 3.9 contracts a product and a sum unless told not to, later ones only if told to: so
+# no result depends on the version. Matrix products in float32 are fused multiply-adds in any case
+# (benchmarks/aot.py looks), and nothing else gains by it.
+ROUNDS_EACH = {"enable_fp_fusion": False}
+
 
 @functools.cache
 def _capability(device: torch.device) -> int:

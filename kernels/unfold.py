@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyvit.kernels import tuning
+
 TILE = 2048  # elements of one program
 COLUMNS = 512  # of them side by side, where there are so many patches
 WARPS = 4
@@ -36,6 +38,7 @@ def unfold(x: Tensor, kernel_size, dilation, padding, stride) -> Tensor:
         TALL=tall,
         WIDE=wide,
         num_warps=WARPS,
+        **tuning.ROUNDS_EACH,
     )
     return cols
 
@@ -57,6 +60,7 @@ def fold(cols: Tensor, output_size, kernel_size, dilation, padding, stride) -> T
         *(cols, image, pixels, rows, columns, *output_size, *cols.stride(), *geometry),
         TILE=TILE,
         num_warps=WARPS,
+        **tuning.ROUNDS_EACH,
     )
     return image
 

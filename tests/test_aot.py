@@ -130,6 +130,20 @@ def test_too_much_shared_memory_is_found(gate):
     assert "the limit is 163" in aot.problems(report, "")[0]
     report.shared = 163 << 10
     assert aot.problems(report, "") == []
+    assert "no FFMA" in aot.problems(report, "FFMA")[0]
+    report.ffma = 1
+    assert aot.problems(report, "FFMA") == []
+
+
+def test_what_a_matrix_product_should_become():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import aot
+
+    half = "%1 = tt.dot %a, %b, %c : tensor<64x64xbf16> * tensor<64x64xbf16> -> tensor<64x64xf32>"
+    single = "%1 = tt.dot %a, %b, %c{} : tensor<64x64xf32> * tensor<64x64xf32> -> tensor<64x64xf32>"
+    codes = half, single.format(", inputPrecision = tf32"), single.format(""), "tt.load %a"
+    assert [aot.expected(code, 90) for code in codes] == ["HGMMA", "either", "FFMA", ""]
+    assert aot.expected(half, 80) == "HMMA"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is None:
 
 from launches import recorded
 
-from pyvit.kernels import conv2d, linear, patch_embed
+from pyvit.kernels import conv2d, linear, patch_embed, projected_step
 
 STRIDED = ((2, 2), (1, 1, 1, 1), (1, 1), 1, False)  # and dense otherwise
 
@@ -125,6 +125,20 @@ def test_strides_that_say_nothing_are_zero(layer):
     (launch,) = recorded(call)
     strides = [launch.arguments[name] for name in ("s_x", "s_c", "w_k", "w_y", "w_x")]
     assert strides == [0 if layer == "linear" else 32, 1, 1, 0, 0]
+
+
+def test_no_result_depends_on_tritons_default_for_fusion():
+    x = torch.empty(2, 16, 8, 8)
+    step = (x, x, x, 1, False, False, 0.1, 0.3, None, None, 0.0, 1.0, 0.99)
+
+    def call():
+        conv2d.conv2d_weight_grad(x, x, (16, 16, 3, 3), *STRIDED)
+        conv2d.conv2d(x, torch.empty(4, 16, 3, 3), None, *STRIDED)
+        projected_step.projected_step_momentum(*step, x, 1.0)
+
+    launches = recorded(call)
+    assert len(launches) == 7
+    assert all(launch.arguments["enable_fp_fusion"] is False for launch in launches)
 
 
 # In a process that compiles: here kernels are the interpreter's. Prints, for each kernel, how many
