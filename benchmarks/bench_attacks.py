@@ -19,6 +19,7 @@ import pyvit
 
 EPS, STEP = 8 / 255, 2 / 255
 OUR_LAYERS = "torchattacks, our layers"
+OUR_LOOP = "our loop, graph=False"  # beside the loop that replays its steps
 IN_FLOAT32 = "plain loop, float32"  # beside a bfloat16 row, for its speed alone
 
 
@@ -63,6 +64,9 @@ def cases(options: Options) -> list[Case]:
             victim = replace(victim, batch=2)
         name = f"{victim.batch} images, {victim.name}"
         found.append(Case("attacks", f"PGD-{steps}", name, partial(build, victim, steps)))
+        if options.gpu_rows:
+            replayed = partial(build, victim, steps, graph=True)
+            found.append(Case("attacks", f"PGD-{steps} replayed", name, replayed))
     return found
 
 
@@ -141,7 +145,8 @@ def plain_pgd(
     return x
 
 
-def build(victim: Victim, steps: int) -> Row:
+def build(victim: Victim, steps: int, graph: bool = False) -> Row:
+    """``graph``: steps are recorded once and replayed, against our loop that runs each."""
     torch.manual_seed(0)
     torchs = victim.make().eval().to(victim.dtype)
     ours = copy.deepcopy(torchs)
@@ -152,18 +157,36 @@ def build(victim: Victim, steps: int) -> Row:
     if victim.convolutional:
         ours = ours.to(memory_format=torch.channels_last)
         ours_images = images.contiguous(memory_format=torch.channels_last)
-    attack = pyvit.attacks.PGD(ours, eps=EPS, step_size=STEP, steps=steps, random_start=False)
+    attack = partial(pyvit.attacks.PGD, ours, eps=EPS, step_size=STEP, steps=steps)
+    our_loop = partial(attack(random_start=False), ours_images, labels)
     peers = _peers(victim, torchs, images, labels, steps)
     if "torchattacks" in peers:
         peers[OUR_LAYERS] = partial(_torchattacks(ours, steps), ours_images, labels)
+    if graph:
+        peers = {name: peer for name, peer in peers.items() if name.startswith("torchattacks")}
+        peers[OUR_LOOP] = our_loop
     return Row(
-        ours=partial(attack, ours_images, labels),
+        ours=_replayed(attack, ours_images, labels) if graph else our_loop,
         peers=peers,
         flops=_flops_of_a_step(victim, torchs, images, labels) * steps,
         bytes=2.0 * images.numel() * images.element_size(),
         check=partial(same_attack, torchs, ours, images, labels, steps),
         dtype=victim.dtype,
     )
+
+
+def _replayed(attack: Callable[..., Any], images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """As for many batches: what the first call records, the others replay. Where the rows are
+    rehearsed without a GPU, each step runs."""
+    on_gpu = torch.get_default_device().type == "cuda"
+    loop = attack(random_start=False, graph=on_gpu)
+    kept = loop.keep_graphs()
+    kept.__enter__()  # ends with the row: what is recorded is let go when `kept` is
+
+    def run(kept: Any = kept) -> Tensor:
+        return loop(images, labels)
+
+    return run
 
 
 def _peers(
@@ -226,7 +249,7 @@ def same_attack(
     for name, x in results.items():
         if name == IN_FLOAT32:
             continue
-        model = ours if name in (OURS, OUR_LAYERS) else torchs
+        model = ours if name in (OURS, OUR_LAYERS, OUR_LOOP) else torchs
         with torch.no_grad():
             loss, plain, clean = (
                 F.cross_entropy(model(y).float(), labels).item() for y in (x, wanted[model], images)
@@ -237,6 +260,8 @@ def same_attack(
             wrong[name] = f"outside the ball or the bounds: moved by {reach:.6f}"
         elif not abs(loss - plain) <= 0.01 * (plain - clean) + ulp * plain:  # rounded logits
             wrong[name] = f"loss {loss:.4f}, the plain loop reaches {plain:.4f}"
+    if OUR_LOOP in results and not torch.equal(results[OURS], results[OUR_LOOP]):
+        wrong[OURS] = "replayed steps do not give the same bits as those that run"
     same_layers = results.get(OUR_LAYERS)
     # In bfloat16 the mean of their loss and the sum of ours round to other gradients.
     comparable = same_layers is not None and images.dtype is torch.float32

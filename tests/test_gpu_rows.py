@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import bench_attacks
 import harness
 import pytest
 import report
@@ -42,6 +43,19 @@ def test_every_row_builds_and_runs_at_its_full_size(op, monkeypatch):
             # A truth, or a peer, may look at its numbers.
             with contextlib.suppress(*LOOKS_AT_NUMBERS):
                 assert row.check({OURS: row.ours(), **{n: f() for n, f in row.peers.items()}}) == {}
+
+
+def test_replayed_attacks_agree_with_those_that_run_each_step():
+    options = Options(quick=True, gpu_rows=True, timed=False)
+    cases = suite.collect(["attacks"], options)
+    replayed = [case for case in cases if case.group.endswith("replayed")]
+    assert len(replayed) == len(cases) / 2
+    row = replayed[0].build()
+    assert bench_attacks.OUR_LOOP in row.peers
+    results = {OURS: row.ours(), **{name: peer() for name, peer in row.peers.items()}}
+    assert row.check(results) == {}
+    results[OURS] = results[OURS] + 1 / 255
+    assert "replayed" in row.check(results)[OURS]
 
 
 @pytest.mark.parametrize("op", OPS)
