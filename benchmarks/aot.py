@@ -18,7 +18,6 @@ It compiles with the Triton that is installed. For another one, ``make aot TRITO
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -28,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,20 +98,6 @@ class Report:
 # ---- from a case to machine code ----------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def precision(tf32: bool) -> Iterator[None]:
-    """Torch's two switches, for as long as launches are recorded."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, before):
-            switch.allow_tf32 = value
-
-
 def launches(call: Callable[[], Any], arch: int, tf32: bool = False) -> list[Launch]:
     """What ``call``, a launcher on meta tensors, would launch on such a GPU."""
     recorded = []
@@ -124,7 +109,7 @@ def launches(call: Callable[[], Any], arch: int, tf32: bool = False) -> list[Lau
     run, JITFunction.run = JITFunction.run, record
     capability, tuning.capability = tuning.capability, lambda tensor: arch
     try:
-        with precision(tf32):
+        with tuning.precision(tf32):
             call()
     finally:
         JITFunction.run, tuning.capability = run, capability
@@ -201,8 +186,11 @@ def problems(report: Report, wanted: str) -> list[str]:
     return found
 
 
-def inspect(compiled, launch: Launch, arch: int, case: str = "", allowed: str = "") -> Report:
-    """From the machine code itself. ``allowed`` excuses a missing HGMMA and says why."""
+def inspect(
+    compiled, launch: Launch, arch: int, case: str = "", allowed: str = "", measured: bool = False
+) -> Report:
+    """From the machine code itself. ``allowed`` excuses a missing HGMMA and says why; where it was
+    ``measured``, only what cannot run is a problem."""
     usage, code = dump(compiled.asm["cubin"], "-res-usage"), dump(compiled.asm["cubin"], "-sass")
     registers, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
@@ -233,6 +221,9 @@ def inspect(compiled, launch: Launch, arch: int, case: str = "", allowed: str = 
         excused = [p for p in report.problems if "HGMMA" in p]
         report.problems = [p for p in report.problems if p not in excused]
         report.allowed = [f"{p}: {allowed}" for p in excused]
+    if measured:
+        report.allowed = [p for p in report.problems if "shared memory" not in p]
+        report.problems = [p for p in report.problems if "shared memory" in p]
     return report
 
 
@@ -285,7 +276,8 @@ def run(job: Job) -> Report:
         empty |= dict.fromkeys(("hgmma", "hmma", "programs"), 0)
         failed = [f"does not compile: {lines[-1]}"]
         return Report(case.id, name, job.arch, {}, problems=failed, allowed=[], **empty)
-    return inspect(compiled, launch, job.arch, case.id, case.allowed.get((name, job.arch), ""))
+    allowed, measured = case.allowed.get((name, job.arch), ""), getattr(case, "measured", False)
+    return inspect(compiled, launch, job.arch, case.id, allowed, measured)
 
 
 def reports(cases, jobs: list[Job], workers: int) -> list[Report]:

@@ -36,6 +36,7 @@ class Case:
     cost: cost.Cost
     # Why a kernel may do without what the gate asks for: ("kernel", arch) to a sentence.
     allowed: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    measured: bool = False  # whether it is used only where it was measured to be fast
 
     @property
     def id(self) -> str:

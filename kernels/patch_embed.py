@@ -88,7 +88,8 @@ def patch_embed_image_grad(grad, weight, std, image_size, stride, channels_last)
         out.zero_()  # pixels that no patch has
     if out.numel() == 0:
         return out
-    tile = configuration(_kind(grad))
+    kind = _kind(grad)
+    tile = tuning.chosen(grad, f"patch_embed image gradient {kind}", configuration(kind))
     tokens, pixels = batch * rows * columns, channels * patch_y * patch_x
     grid = (triton.cdiv(tokens, tile["BLOCK_M"]) * triton.cdiv(pixels, tile["BLOCK_N"]),)
     patches = grad[:, grad.shape[1] - rows * columns :]
@@ -117,7 +118,8 @@ def patch_embed_weight_grad(grad, image, mean, std, weight_size, stride, channel
     tokens, pixels = batch * rows * columns, channels * patch_y * patch_x
     count = max(1, min(MOST_PARTS, tokens // TOKENS_OF_A_PART))
     sums = grad.new_empty((count, dim, pixels), dtype=torch.float32)
-    tile = configuration(_kind(grad))
+    kind = _kind(grad)
+    tile = tuning.chosen(grad, f"patch_embed weight gradient {kind}", configuration(kind))
     blocks = triton.cdiv(dim, tile["BLOCK_M"]) * triton.cdiv(pixels, tile["BLOCK_N"])
     patches = grad[:, grad.shape[1] - rows * columns :]
     _weight_kernel[(blocks * count,)](

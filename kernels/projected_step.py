@@ -23,8 +23,17 @@ from torch import Tensor
 from pyvit.kernels import projected_step_l1, tuning
 from pyvit.kernels.projected_step_pieces import clamp, of_image, read, rounded
 
+# ---- launch policy ------------------------------------------------------------------------------
+
 CHUNK = 4096  # elements of one program: 32 a thread
 WARPS = 4
+
+
+def configuration() -> dict[str, int]:
+    """Of L-infinity. The others keep to it: they add up sums of chunks, and other chunks would
+    give other bits."""
+    return {"CHUNK": CHUNK, "num_warps": WARPS}
+
 
 LINF, L2, L1 = range(3)
 
@@ -115,7 +124,10 @@ def _launch_step(x, direction, x0, out, norm, raw, targeted, lengths, quantile) 
         **tuning.ROUNDS_EACH,  # a product and a sum round twice, as PyTorch's do
     }
     if norm == LINF:
-        _linf_kernel[(batch * chunks,)](*operands, *sizes, CHUNK=CHUNK, **options)
+        name = f"projected_step linf {x.element_size()} bytes"
+        tile = tuning.chosen(x, name, configuration())
+        chunks = triton.cdiv(elements, tile["CHUNK"])
+        _linf_kernel[(batch * chunks,)](*operands, *sizes[:-1], chunks, **(options | tile))
     elif norm == L2:
         sums = torch.empty((batch, 3, chunks), dtype=torch.float64, device=x.device)
         _l2_sums_kernel[(batch * chunks,)](

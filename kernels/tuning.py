@@ -45,6 +45,20 @@ def allows_tf32(products: str) -> bool:
     return switch.fp32_precision == "tf32"
 
 
+@contextlib.contextmanager
+def precision(tf32: bool) -> Iterator[None]:
+    """Both switches on or off for a while."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before):
+            switch.allow_tf32 = value
+
+
 def product_kind(tensor: Tensor, tf32: bool) -> str:
     """How matrix products of a tensor's type are made: "half", "tf32", or "ieee" by fused
     multiply-adds, without matrix instructions."""

@@ -13,9 +13,17 @@ from torch import Tensor
 
 from pyvit.kernels import tuning
 
-TILE = 2048  # elements of one program
-COLUMNS = 512  # of them side by side, where there are so many patches
-WARPS = 4
+# ---- launch policy ------------------------------------------------------------------------------
+
+COLUMNS = 512  # elements of a tile side by side, where there are so many patches
+
+
+def configuration() -> dict[str, int]:
+    """Elements of one program, the same for ``unfold`` and ``fold``."""
+    return {"TILE": 2048, "num_warps": 4}
+
+
+# ---- the launches -------------------------------------------------------------------------------
 
 
 def unfold(x: Tensor, kernel_size, dilation, padding, stride) -> Tensor:
@@ -29,15 +37,16 @@ def unfold(x: Tensor, kernel_size, dilation, padding, stride) -> Tensor:
     cols = x.new_empty((batch, elements, patches))
     if cols.numel() == 0:
         return cols
+    tile = tuning.chosen(x, f"unfold {x.element_size()} bytes", configuration())
     wide = min(COLUMNS, triton.next_power_of_2(patches))
-    tall = TILE // wide
+    tall = tile["TILE"] // wide
     grid = (batch * triton.cdiv(elements, tall) * triton.cdiv(patches, wide),)
     geometry = (*kernel_size, *dilation, *padding, *stride)
     _unfold_kernel[grid](
         *(x, cols, elements, patches, columns, height, width, *x.stride(), *geometry),
         TALL=tall,
         WIDE=wide,
-        num_warps=WARPS,
+        num_warps=tile["num_warps"],
         **tuning.ROUNDS_EACH,
     )
     return cols
@@ -56,13 +65,16 @@ def fold(cols: Tensor, output_size, kernel_size, dilation, padding, stride) -> T
     )
     pixels = channels * output_size[0] * output_size[1]
     geometry = (*kernel_size, *dilation, *padding, *stride)
-    _fold_kernel[(batch * triton.cdiv(pixels, TILE),)](
+    tile = tuning.chosen(cols, f"fold {cols.element_size()} bytes", configuration())
+    _fold_kernel[(batch * triton.cdiv(pixels, tile["TILE"]),)](
         *(cols, image, pixels, rows, columns, *output_size, *cols.stride(), *geometry),
-        TILE=TILE,
-        num_warps=WARPS,
+        **tile,
         **tuning.ROUNDS_EACH,
     )
     return image
+
+
+# ---- kernels ------------------------------------------------------------------------------------
 
 
 @triton.jit

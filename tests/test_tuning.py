@@ -13,6 +13,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 import triton
+from launches import recorded
 
 from pyvit import __main__ as command
 from pyvit.kernels import topk_attention, tune, tuning
@@ -114,7 +115,7 @@ def test_candidates_are_a_handful_with_the_parameters_of_the_shipped():
 def test_results_are_written_and_used(file, monkeypatch):
     used = {}
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tune, "works", lambda device: [("both", lambda: run(used))])
+    monkeypatch.setattr(tune, "works", lambda device: [("both", "half", lambda: run(used))])
 
     def measure(call):
         call()
@@ -122,6 +123,57 @@ def test_results_are_written_and_used(file, monkeypatch):
 
     assert tune.main(measure) == 0
     assert chosen("first") == FASTER and chosen("second") == SHIPPED
+
+
+def works():
+    """On tensors without numbers."""
+    found = []
+    recorded(lambda: found.extend(tune.works(torch.device("meta"))))
+    return found
+
+
+def policies(call):
+    """What ``call`` asks, with what is shipped."""
+    with tuning.trying({}) as asked:
+        recorded(call)
+        return dict(asked)
+
+
+def class_of(policy):
+    """Without its sizes: "conv2d image gradient half 64 channels, few pixels" and the like."""
+    words = policy.split()
+    ends = [i + 1 for i, word in enumerate(words) if word in (*tune.DTYPES, "bytes")]
+    return " ".join(words[: ends[0]])
+
+
+def test_every_policy_that_the_gate_compiles_is_measured():
+    import aot_cases
+
+    shipped, measured = set(), set()
+    for case in aot_cases.cases():
+        kind = {"float32": "ieee", "tf32": "tf32"}.get(case.dtype, "half")
+        with tuning.precision(kind == "tf32"):
+            shipped |= {class_of(name) for name in policies(case.call)}
+    for _, kind, call in works():
+        with tuning.precision(kind == "tf32"):
+            measured |= {class_of(name) for name in policies(call)}
+    assert len(shipped) > 20
+    assert shipped <= measured, sorted(shipped - measured)
+
+
+def test_what_is_offered_reaches_the_launches():
+    offered = 0
+    for name, kind, call in works():
+        with tuning.precision(kind == "tf32"):
+            for policy, shipped in policies(call).items():
+                *_, last = tune.candidates(shipped)
+                assert last.keys() == shipped.keys() and last != shipped
+                with tuning.trying({policy: last}):
+                    launches = recorded(call)
+                wanted = {k: v for k, v in last.items() if k != "TILE" or "unfold" not in policy}
+                assert any(wanted.items() <= launch.arguments.items() for launch in launches), name
+                offered += 1
+    assert offered > 40
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
