@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import hypothesis_shim
 import pytest
 import torch
 from backends import BACKENDS, INTERPRETED
+from recorded_ops import RecordedOps
 
 hypothesis_shim.install()
 if INTERPRETED in BACKENDS:
@@ -27,6 +29,23 @@ def poisoned_allocations():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """The CPU knows graphs, for this test."""
+    from pyvit.attacks import graph
+
+    stand_in = RecordedOps()
+    monkeypatch.setattr(graph, "capture_for", lambda device, generator: stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 @pytest.fixture(params=BACKENDS)

@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from test_attack_graphs import (
+from attack_models import CLASSES, batch, batch_invariant_cnn, small_cnn
+from recorded_attacks import (
     STEPS,
     CountsCalls,
     DrawsWithPython,
@@ -15,7 +16,6 @@ from test_attack_graphs import (
     ReadsValues,
     from_the_same_seed,
 )
-from test_attacks import CLASSES, batch, batch_invariant_cnn, small_cnn
 
 from pyvit.attacks import PGD
 from pyvit.attacks.capture import CudaCapture, Uncapturable
@@ -159,7 +159,7 @@ def test_what_cannot_be_recorded(captures, kind):
     assert torch.equal(adversarial, expected)
     assert not captures
     if kind is ReadsValues:
-        assert "test_attack_graphs.py:" in str(warned[0].message)  # where it waits
+        assert "recorded_attacks.py:" in str(warned[0].message)  # where it waits
 
 
 def test_the_process_survives_a_failed_capture(captures):
