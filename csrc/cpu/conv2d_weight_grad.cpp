@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "conv2d_weight_grad_pack.h"
+#include "conv2d_weight_grad_pixels.h"
 #include "conv2d_weight_grad_plan.h"
 #include "conv2d_weight_grad_planar.h"
 #include "conv2d_weight_grad_prefetch.h"
@@ -345,6 +346,9 @@ void weight_grad(const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
 }  // namespace
 
 void conv2d_weight_grad(DType dtype, const Conv2dShape& shape, View4 dy, View4 x, View4 dw) {
+  bool done = false;
+  dispatch(dtype, [&](auto s) { done = pixel_weight_grad<decltype(s)>(shape, dy, x, dw); });
+  if (done) return;
   if (planar_weight_grad_pays(dtype, shape, x))
     return conv2d_weight_grad_planar(dtype, shape, dy, x, dw);
   dispatch(dtype, [&](auto s) { weight_grad<decltype(s)>(shape, dy, x, dw); });
