@@ -26,6 +26,8 @@ SHAPES = {
     "stride and dilation share more": (2, 3, 40, 41, 21, 3, 4, 5, 6, 1),
     "taps apart": (2, 10, 21, 25, 17, (2, 3), (5, 4), 0, 1, 1),
     "taps apart, padded": (2, 10, 21, 25, 17, (2, 3), (5, 4), (1, 2), 1, 1),
+    "pointwise, one output": (2, 32, 30, 31, 1, 1, 1, 0, 1, 1),
+    "pointwise, ten outputs": (3, 48, 13, 7, 10, 1, 1, 0, 1, 1),
     "pointwise, strided": (2, 9, 15, 14, 40, 1, 2, 0, 1, 1),
     "pointwise, padded": (2, 9, 6, 7, 12, 1, 1, 1, 1, 1),
     "pointwise, few channels": (2, 3, 15, 14, 40, 1, 3, 0, 1, 1),

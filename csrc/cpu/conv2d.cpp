@@ -163,6 +163,15 @@ bool groups_in_place(Phases<S>& phases) {
   return conv2d_planes(phases, true);
 }
 
+// Whether most of the kernel misses the image: what scatters multiplies all of it.
+template <class S>
+bool mostly_idle(const Phases<S>& phases, const Conv2dShape& shape) {
+  int64_t taps = 0;
+  for (const Gather<S>& phase : phases.list)
+    taps += phase.source.taps[0].size() * phase.source.taps[1].size();
+  return 2 * taps <= shape.kernel[0] * shape.kernel[1];
+}
+
 constexpr int64_t kShortestRun = 16;
 
 template <class S>
@@ -208,7 +217,8 @@ void conv2d_input_grad(DType dtype, const Conv2dShape& shape, View4 dy, View4 w,
     write_zeros_first(phases, shape, dx);
     if (groups_in_place(phases) || conv2d_depthwise(phases, shape.kernel)) return;
     if (conv2d_small_input_grad(dtype, shape, dy, w, dx)) return;
-    if (scatter_is_cheaper(shape)) return conv2d_input_grad_scatter(dtype, shape, dy, w, dx);
+    if (!mostly_idle(phases, shape) && scatter_is_cheaper(shape))
+      return conv2d_input_grad_scatter(dtype, shape, dy, w, dx);
     run(phases, shape.kernel);
   });
 }

@@ -21,6 +21,7 @@ namespace pyvit {
 namespace {
 
 constexpr int64_t kMostInputPixels = 256;  // whose gradient is summed in scratch
+constexpr int64_t kFewestPixels = 4;
 constexpr int64_t kDotLength = 1024;       // of weights that stay in the first-level cache
 constexpr int64_t kSumLength = 256;        // longest sum in registers of the gradient
 constexpr int64_t kPixelBlock = 48;        // output pixels of one task
@@ -105,7 +106,7 @@ bool forward(Conv2dShape shape, View4 x, View4 w, const S* bias, View4 y) {
     windows.run(x, w, bias, y);
     return true;
   }
-  if (!g.pays(shape.out_width < 4)) return false;
+  if (!g.pays(shape.out_width < 4, g.C)) return false;
   int64_t length;
   const std::vector<Run> runs = weight_runs<T>(g, &length);
   const int64_t element = sizeof(T), total = shape.batch * g.pixels;
@@ -230,8 +231,11 @@ bool input_grad(Conv2dShape shape, View4 dy, View4 w, View4 dx) {
   const bool whole = flatten_whole_image(shape, dx, w);
   const Geometry g(shape, w, whole);
   const int64_t element = sizeof(T), in_pixels = shape.height * shape.width;
+  // Planar weights of few channels: to turn them would repay more pixels.
+  const bool joined = !g.last && g.pixels <= kFewestPixels;
+  const int64_t run = joined ? g.C * shape.kernel[0] * shape.kernel[1] : g.C;
   // Each product is added to memory: it must be a long sum by then.
-  if ((!whole && g.O < kManyChannels) || !g.pays(shape.width < 4 * shape.stride[1]) ||
+  if ((!whole && g.O < kManyChannels) || !g.pays(shape.width < 4 * shape.stride[1], run) ||
       in_pixels > kMostInputPixels)
     return false;
   const int64_t wanted = std::max<int64_t>(1, ceil_div(2 * thread_count() - 1, shape.groups));

@@ -37,13 +37,14 @@ struct Geometry {
     }
   }
 
-  // Whether to multiply weights where they lie pays; `narrow`: rows too short for a band.
-  bool pays(bool narrow) const {
+  // Whether to multiply weights where they lie pays; `narrow`: rows too short for a band; `run`:
+  // weights side by side that a pixel meets.
+  bool pays(bool narrow, int64_t run) const {
     if (whole) return true;
     // The pixels of a 1×1 layer may be a batch (a linear layer's rows), whose size must not decide.
     if (shape.kernel[0] * shape.kernel[1] == 1) return false;
     // Few weights are soon packed.
-    if (!(last || planar_) || C < kManyChannels || rows.empty() || columns.empty()) return false;
+    if (!(last || planar_) || run < kManyChannels || rows.empty() || columns.empty()) return false;
     return pixels <= (narrow ? kMostPixels : kFewPixels);
   }
   // The input row or column that tap i of output position o meets; -1 outside the image.

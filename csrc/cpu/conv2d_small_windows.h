@@ -38,7 +38,7 @@ class WindowProduct {
                       kBytes / row_bytes / Tile::rows * Tile::rows);
     // Where outputs fill a vector, a band wants fewer columns to keep the processor busy.
     const bool narrow = s.out_width <= (g.O <= kFewOutputs / 2 ? 7 : 4);
-    possible = g.pays(narrow) && !g.last && !g.whole && g.O <= kFewOutputs && width_ > 0 &&
+    possible = g.pays(narrow, g.C) && !g.last && !g.whole && g.O <= kFewOutputs && width_ > 0 &&
                s.dilation[1] == 1 &&
                images_ * image_elements() * static_cast<int64_t>(sizeof(T)) <= kBytes;
   }
