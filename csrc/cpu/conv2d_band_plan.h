@@ -107,7 +107,7 @@ struct BandPlan {
   int64_t panel_rows(const Gather<S>& phase, int64_t count) const {
     const auto& taps_of = phase.source.taps;
     if (fold == 1) return taps_of[0].size() * taps_of[1].size() * count;
-    return taps_of[0].size() * weight_rows(tap_runs(taps_of[1], pitch(count), count), fold);
+    return taps_of[0].size() * weight_rows(taps_of[1], pitch(count), count, fold);
   }
   int64_t panel_elements() const {
     if (fold == 1) return taps * slice * padded_width();
@@ -260,7 +260,7 @@ void BandPlan<S>::plan_fold() {
     int64_t length = 0;
     for (const Gather<S>& phase : phases.list) {
       const auto& of = phase.source.taps;
-      length += of[0].size() * weight_rows(tap_runs(of[1], pitch(slice), slice), candidate);
+      length += of[0].size() * weight_rows(of[1], pitch(slice), slice, candidate);
     }
     if (length <= best) best = length, fold = candidate;
   }

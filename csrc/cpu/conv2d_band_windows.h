@@ -60,6 +60,17 @@ inline int64_t weight_rows(const std::vector<TapRun>& runs, int64_t fold) {
   for (const TapRun& run : runs) rows += ceil_div(run.length, fold);
   return rows;
 }
+// The same without a list of the runs, whose memory would be a good part of planning a small layer.
+inline int64_t weight_rows(const std::vector<Tap>& across, int64_t pitch, int64_t channels,
+                           int64_t fold) {
+  int64_t rows = 0, length = 0;
+  for (size_t j = 0; j < across.size(); ++j) {
+    const bool joined = j > 0 && pitch == channels && across[j].offset == across[j - 1].offset + 1;
+    if (!joined) rows += ceil_div(length, fold), length = 0;
+    length += channels;
+  }
+  return rows + ceil_div(length, fold);
+}
 
 // The windows of one phase by the taps that they have, each found once for all boxes.
 class BandWindows {

@@ -91,6 +91,8 @@ template <class S>
 Phases<S> input_grad_phases(const Conv2dShape& shape, View4 dy, View4 w, View4 dx) {
   const int64_t out_per_group = shape.out_channels / shape.groups;
   Phases<S> phases{{}, {shape.height, shape.width}, {shape.stride[0], shape.stride[1]}};
+  phases.list.reserve(std::min(shape.stride[0], shape.height) *
+                      std::min(shape.stride[1], shape.width));
   for (int64_t rh = 0; rh < std::min(shape.stride[0], shape.height); ++rh) {
     for (int64_t rw = 0; rw < std::min(shape.stride[1], shape.width); ++rw) {
       phases.list.push_back(
