@@ -93,6 +93,7 @@ class Report:
     problems: list[str]
     allowed: list[str]
     ffma: int = 0
+    narrow: int = 0  # loads of two bytes, where sixteen may be had
 
 
 # ---- from a case to machine code ----------------------------------------------------------------
@@ -214,6 +215,7 @@ def inspect(
         problems=[],
         allowed=[],
         ffma=len(re.findall(r"\bFFMA\b", code)),
+        narrow=len(re.findall(r"\bLDG\S*\.U16\b", code)),
     )
     wanted = expected(compiled.asm["ttir"], arch)
     report.problems = problems(report, wanted)
@@ -306,7 +308,7 @@ def time_of(seconds: float) -> str:
 
 
 def remark(report: Report) -> str:
-    """Whether the grid suits the H200."""
+    """Whether the grid suits the H200, and loads memory."""
     import cost
 
     if report.programs == 0 or report.arch != 90:
@@ -314,7 +316,8 @@ def remark(report: Report) -> str:
     count = cost.waves(report.grid, report.programs)
     share = cost.last_wave_share(report.grid, report.programs)
     idle = f", {1 - share:.0%} idle in the last" if count < 8 and share < 0.85 else ""
-    return f"  {count:.1f} waves{idle}"
+    narrow = f", {report.narrow} loads of 2 bytes" if report.narrow else ""
+    return f"  {count:.1f} waves{idle}{narrow}"
 
 
 def print_table(cases, found: list[Report]) -> None:

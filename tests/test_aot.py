@@ -95,6 +95,7 @@ def test_a_good_kernel_passes(gate):
     assert status == 0 and report["problems"] == [], output
     assert report["hgmma"] > 0 and report["hmma"] == 0 and report["spilled"] == 0
     assert report["registers"] > 0 and report["programs"] >= 1
+    assert report["narrow"] == 0  # its rows are contiguous
     assert "none failed" in output
 
 
