@@ -1,10 +1,10 @@
 """Attention with exactly k keys a query on a GPU.
 
-A program has a block of queries. Where a block's scores with all keys fit its registers
-(``RESIDENT_KEYS``), they are made once, cut (select.py), and multiplied with the values. Beyond,
-key tiles stream by: one pass finds the range of every row, each round of the cut counts the scores
-anew, and the last pass multiplies. Products are dense, with the weights of dropped keys at zero:
-tensor cores finish them sooner than gathers could be issued.
+A program has a block of queries. Where a block's scores with all keys fit its registers, they are
+made once, cut (select.py), and multiplied with the values.
+Beyond, key tiles stream by: one pass finds where to look for each row's k-th largest score, mostly
+one more finds it (attention_stream.py), and the last pass multiplies. Products are dense, with the
+weights of dropped keys at zero: tensor cores finish them sooner than gathers could be issued.
 
 What a row keeps is saved as one bit a key, with its largest score and sum of exponentials; the
 backward passes read those bits and never compare scores with a threshold again.
@@ -20,6 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from pyvit.kernels import tuning
+from pyvit.kernels.attention_stream import (
+    LISTED,
+    kth_of_stream,
+    largest_of_groups,
+    last_of_streamed_ties,
+    ranks_of_probes,
+)
 from pyvit.kernels.attention_tiles import (
     kept_keys,
     marked_weights,
@@ -28,7 +35,7 @@ from pyvit.kernels.attention_tiles import (
     store_bits,
     stored_bits,
 )
-from pyvit.kernels.select import is_open, next_probe, order_keys, score_of
+from pyvit.kernels.select import last_of_ties, narrowed, order_keys, score_of
 
 # ---- launch policy ------------------------------------------------------------------------------
 
@@ -51,7 +58,9 @@ def forward_configuration(
         return _tile(128, 32, 32)
     if width <= 64 and columns <= (256 if capability >= 90 and not penalty else 128):
         return _tile(64, max(columns, 32), width, num_warps=4, num_stages=1)
-    return _tile(128, 64, width if width <= 64 or capability >= 90 else 32)
+    if width <= 64 or capability >= 90:
+        return _tile(128, 64, width)
+    return _tile(128, 32, 32)
 
 
 def _tile(
@@ -123,15 +132,22 @@ def _launch_forward(
     # Where the k-th largest of normally distributed scores would be, in deviations from the mean.
     place = statistics.NormalDist().inv_cdf(1 - (topk - 0.5) / keys) if selects else 0.0
     grid = (batch * heads * triton.cdiv(queries, configuration["BLOCK_M"]),)
+    groups = 2 * configuration["BLOCK_N"]
+    candidates = out  # any pointer does where nothing is written
+    if selects and not resident:
+        room = (grid[0] * configuration["BLOCK_M"], LISTED.value)  # 512 bytes a query
+        candidates = q.new_empty(room, dtype=torch.float32)
     saves_softmax = softmax is not None and softmax.shape[-1] > 0
-    # Any pointer does where nothing is written.
     _forward_kernel[grid](
         *(q, k, v, out, selection if saves_bits else out, softmax if saves_softmax else out),
         *((tail_energy, hoyer) if penalty else (out, out)),
-        *(heads, queries, keys, dim, value_dim, topk, place, keys.bit_length(), scale),
+        candidates,
+        *(heads, queries, keys, dim, value_dim, topk, place, keys.bit_length()),
+        *(*ranks_of_probes(topk, keys, groups), scale),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         WIDTH=triton.next_power_of_2(max(dim, 16)),
         VALUE_WIDTH=triton.next_power_of_2(max(value_dim, 16)),
+        GROUPS=groups,
         RESIDENT=resident,
         SELECTS=selects,
         BITS=saves_bits,
@@ -186,12 +202,13 @@ def _with_extremes(
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, out, selection, softmax, tail_energy, hoyer,
-    heads, queries, keys, dim, value_dim, topk, place, halvings, scale,
+    q, k, v, out, selection, softmax, tail_energy, hoyer, candidates,
+    heads, queries, keys, dim, value_dim, topk, place, halvings, rank_low, rank_high, scale,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr, RESIDENT: tl.constexpr, SELECTS: tl.constexpr, BITS: tl.constexpr,
-    SOFTMAX: tl.constexpr, PENALTY: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, GROUPS: tl.constexpr, RESIDENT: tl.constexpr,
+    SELECTS: tl.constexpr, BITS: tl.constexpr, SOFTMAX: tl.constexpr, PENALTY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(queries, BLOCK_M)
     program = tl.program_id(0)
@@ -219,90 +236,55 @@ def _forward_kernel(
         bottom = tl.min(scores, 1)
         scores = tl.where(n[None, :] < keys, scores, float("-inf"))
         top = tl.max(scores, 1)
+        strange = total != total  # a score is NaN, or some are inf and some -inf
     else:
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        bottom = tl.full([BLOCK_M], float("inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        squares = tl.zeros([BLOCK_M], tl.float32)
-        for start in range(0, keys, BLOCK_N):
-            scores = scores_of_keys(
-                rows, q, first_row, m, q_n, queries, k, start, n, k_n, keys, dim, scale,
-                WIDTH, CHUNK, PRECISION,
-            )  # fmt: skip
-            bottom = tl.minimum(bottom, tl.min(scores, 1))
-            total += tl.sum(scores, 1)
-            squares += tl.sum(scores * scores, 1)
-            scores = tl.where(n[None, :] < keys - start, scores, float("-inf"))
-            top = tl.maximum(top, tl.max(scores, 1))
-    strange = total != total  # a score is NaN, or some are inf and some -inf: the row becomes NaN
+        groups, bottom = largest_of_groups(
+            rows, q, first_row, m, q_n, queries, k, k_n, keys, dim, scale,
+            WIDTH, CHUNK, GROUPS, PRECISION,
+        )  # fmt: skip
+        top = tl.max(groups, 1)
+        strange = tl.max((groups != groups).to(tl.int32), 1) != 0  # such a row becomes NaN
 
-    # The bracket of the k-th largest, until it holds that key alone or exactly topk lie above.
     threshold = bottom
-    count_high = tl.zeros([BLOCK_M], tl.int32)
     last = tl.zeros([BLOCK_M], tl.int32) + (keys - 1)
     if SELECTS:
-        k_wanted = count_high + topk
-        mean = total / keys
-        guess = mean + place * tl.sqrt(tl.maximum(squares / keys - mean * mean, 0.0))
-        count_low = tl.zeros([BLOCK_M], tl.int32) + keys
-        high = order_keys(top) + 1
-        # A row with NaN is not searched, nor are rows past the last.
-        low = tl.where(strange | ~there, high - 1, order_keys(bottom))
-        round = 0
-        searching = tl.max(is_open(low, high, count_low, k_wanted).to(tl.int32))
-        while searching != 0:
-            open = is_open(low, high, count_low, k_wanted)
-            probe = next_probe(low, high, count_low, count_high, k_wanted, guess, round)
-            limit = score_of(probe)
-            if RESIDENT:
-                count = tl.sum((scores >= limit[:, None]).to(tl.int32), 1)
-            else:
-                past = tl.cdiv(keys, BLOCK_N) * BLOCK_N - keys  # whose scores are 0
-                count = tl.where(limit <= 0, -past, 0)
-                for start in range(0, keys, BLOCK_N):
-                    tile = scores_of_keys(
-                        rows, q, first_row, m, q_n, queries, k, start, n, k_n, keys, dim, scale,
-                        WIDTH, CHUNK, PRECISION,
-                    )  # fmt: skip
-                    count += tl.sum((tile >= limit[:, None]).to(tl.int32), 1)
-            enough = count >= k_wanted
-            low = tl.where(open & enough, probe, low)
-            count_low = tl.where(open & enough, count, count_low)
-            high = tl.where(open & ~enough, probe, high)
-            count_high = tl.where(open & ~enough, count, count_high)
-            round += 1
-            searching = tl.max(is_open(low, high, count_low, k_wanted).to(tl.int32))
-
-        # Of the keys at `low` the first ones, up to `last`: as many as are needed. Found by halving
-        # too, where any row has more of them.
+        if RESIDENT:
+            mean = total / keys
+            guess = mean + place * tl.sqrt(tl.maximum(squares / keys - mean * mean, 0.0))
+            high = order_keys(top) + 1
+            # A row with NaN is not searched, nor are rows past the last.
+            low = tl.where(strange | ~there, high - 1, order_keys(bottom))
+            none = tl.zeros([BLOCK_M], tl.int32)
+            low, count_low, count_high = narrowed(
+                scores, low, high, none + keys, none, none + topk, 0, guess, 0
+            )
+        else:
+            STEP: tl.constexpr = min(BLOCK_N, 32)  # fewer at a time: lists take registers
+            low, count_low, count_high = kth_of_stream(
+                rows, q, first_row, m, q_n, queries, k, k_n, keys, dim, scale, strange | ~there,
+                groups, bottom, top, topk, rank_low, rank_high,
+                candidates + tl.cast(program, tl.int64) * (BLOCK_M * LISTED),
+                WIDTH, CHUNK, STEP, GROUPS, PRECISION,
+            )  # fmt: skip
+        # Of the keys at `low` the first ones, up to `last`: as many as are needed.
         threshold = score_of(low)
         ties = topk - count_high
         crowded = (count_low > topk) & there & ~strange
-        first = tl.where(crowded, -1, keys - 2)  # too few up to here
-        rounds = tl.max(tl.where(crowded, halvings, 0))
-        for _ in range(rounds):
-            middle = (first + last + 1) >> 1
-            if RESIDENT:
-                # Not two comparisons: one of them would be kept through the loop.
-                until = tl.where(n[None, :] <= middle[:, None], scores, float("nan"))
-                tied = until == threshold[:, None]
-                count = tl.sum(tied.to(tl.int32), 1)
-            else:
-                count = tl.zeros([BLOCK_M], tl.int32)
-                for start in range(0, keys, BLOCK_N):
-                    tile = scores_of_keys(
-                        rows, q, first_row, m, q_n, queries, k, start, n, k_n, keys, dim, scale,
-                        WIDTH, CHUNK, PRECISION,
-                    )  # fmt: skip
-                    tied = (tile == threshold[:, None]) & (start + n[None, :] <= middle[:, None])
-                    count += tl.sum(tied.to(tl.int32), 1)
-            enough = count >= ties
-            last = tl.where(enough, middle, last)
-            first = tl.where(enough, first, middle)
-        if RESIDENT and not PENALTY:  # noqa: SIM102 (decided at compile time)
-            if rounds > 0:  # what is not among them goes now: one comparison less for all others
-                dropped = (scores == threshold[:, None]) & (n[None, :] > last[:, None])
-                scores = tl.where(dropped, float("nan"), scores)
+        any_crowded = tl.max(crowded.to(tl.int32))
+        if RESIDENT:
+            rounds = tl.where(any_crowded != 0, halvings, 0)
+            last = last_of_ties(scores, threshold, ties, crowded, n, last, rounds)
+            if not PENALTY:  # noqa: SIM102 (decided at compile time)
+                if rounds > 0:  # what is not among them goes now: one comparison less for others
+                    dropped = (scores == threshold[:, None]) & (n[None, :] > last[:, None])
+                    scores = tl.where(dropped, float("nan"), scores)
+        else:
+            if any_crowded != 0:
+                last = last_of_streamed_ties(
+                    rows, q, first_row, m, q_n, queries, k, k_n, keys, dim, scale,
+                    threshold, ties, crowded,
+                    WIDTH, CHUNK, STEP, PRECISION,
+                )  # fmt: skip
 
     # Weights, their squares, and those of the tail, before the division by `sums`.
     row = head.to(tl.int64) * queries + first_row + m

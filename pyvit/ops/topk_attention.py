@@ -275,7 +275,8 @@ def topk_attention(
     Cost a head: ``2·Nq·Nk·D`` floating-point operations for the scores, a few passes over them
     in the cache for the selection, ``2·Nq·topk·Dv`` for the sums; backward
     ``2·Nq·topk·(2·D + 2·Dv)``, or ``2·Nq·Nk·(3·D + 2·Dv)`` where dense (``4·D + 3·Dv`` where
-    Nk exceeds about 1500 at D = 64, or threads exceed heads). Scratch: at most 2 MB a thread.
+    Nk exceeds about 1500 at D = 64, or threads exceed heads). Scratch: at most 2 MB a thread; on
+    a GPU nothing, or from a few hundred keys on 512 bytes a query.
 
     Source: exact top-k attention of Wang et al., KVT: k-NN attention for boosting vision
     transformers (ECCV 2022); the tiling follows FlashAttention (Dao et al., 2022).
