@@ -37,6 +37,10 @@ def configuration(dim: int, kind: str, by_keys: bool, capability: int) -> dict[s
         return _configured(32, 16, 16, 8 if wide else 4)
     if kind == "tf32":
         return _configured(32, 16, 32) if wide else _configured(64, 32, 32)
+    if width > 128:
+        if by_keys and capability < 90:
+            return _configured(32, 32, 32, num_warps=8)
+        return _configured(64, 16 if by_keys else 32, 64, num_warps=8, num_stages=2)
     if capability >= 90:
         warps = 8 if wide and by_keys else 4
         return _configured(64, 32 if wide or by_keys else 64, width, warps, num_stages=2)

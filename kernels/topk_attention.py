@@ -58,9 +58,11 @@ def forward_configuration(
         return _tile(128, 32, 32)
     if width <= 64 and columns <= (256 if capability >= 90 and not penalty else 128):
         return _tile(64, max(columns, 32), width, num_warps=4, num_stages=1)
-    if width <= 64 or capability >= 90:
+    if width > 128:
+        return _tile(64, 32, 32)
+    if capability >= 90:
         return _tile(128, 64, width)
-    return _tile(128, 32, 32)
+    return _tile(128 if width > 32 else 64, 32, width if width <= 64 else 32)
 
 
 def _tile(

@@ -23,12 +23,15 @@ SHAPES = {
     "odd": (1, 1, 19, 785, 7, 1),
     "vit head": (1, 1, 40, 197, 64, 64),
     "streamed": (1, 1, 21, 1100, 20, 12),
+    "wide heads": (1, 1, 20, 90, 256, 200),
     "many keys": (1, 1, 26, 4999, 300, 270),
 }
+REFUSED_ON_GPU = ["many keys"]  # heads too wide
 
 
 # Those that Triton's interpreter, at a millisecond a tile, is quick enough for.
 INTERPRETED_SHAPES = ["one", "two", "small", "rectangular", "vit head", "odd", "streamed"]
+INTERPRETED_SHAPES += ["wide heads"]
 
 
 def vit(backend: str) -> tuple[int, ...]:

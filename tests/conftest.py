@@ -83,8 +83,14 @@ def _parameters(item):
 
 def _has_kernel(item):
     parameters = _parameters(item)
-    is_cpu = parameters.get("backend", "cpu") == "cpu"
-    return is_cpu or parameters.get("dtype") is not torch.float64
+    if parameters.get("backend", "cpu") == "cpu":
+        return True
+    refused = any(
+        parameters.get(name) in values
+        for marker in item.iter_markers("refused_on_gpu")
+        for name, values in marker.kwargs.items()
+    )
+    return not refused and parameters.get("dtype") is not torch.float64
 
 
 def _is_too_slow(item):

@@ -9,7 +9,7 @@ import torch
 from attention_truth import own_selection
 from backends import BACKENDS
 
-from pyvit.ops import topk_attention
+from pyvit.ops import attention_with_penalty, topk_attention
 from pyvit.reference import topk_attention as reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
@@ -98,3 +98,13 @@ def test_ranks_of_probes():
         count = (scores >= maxima[:, int(rank) - 1, None]).sum(-1).float()
         assert abs(float(count.mean()) - wanted) < 5
         assert float((count - wanted).abs().max()) < 42
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS, indirect=True)
+def test_heads_too_wide_for_a_gpu_are_refused(backend):
+    wide, narrow = torch.zeros(1, 1, 3, 257), torch.zeros(1, 1, 3, 8)
+    for function in (topk_attention, attention_with_penalty):
+        for q, v in ((wide, narrow), (narrow, wide)):
+            expected = rf"pyvit\.{function.__name__}: head dimensions beyond 256 \(here 257\)"
+            with pytest.raises(NotImplementedError, match=expected):
+                function(q, q, v, 2)

@@ -9,6 +9,7 @@ from accuracy import assert_as_accurate
 from attention_truth import (
     DTYPES,
     INTERPRETED_SHAPES,
+    REFUSED_ON_GPU,
     SHAPES,
     assert_within,
     counts,
@@ -46,6 +47,7 @@ def grads_like(arguments):
 @pytest.mark.interpreted(shape=INTERPRETED_SHAPES, dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.refused_on_gpu(shape=REFUSED_ON_GPU)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_accurate_as_torch(shape, dtype):
     arguments = tensors(SHAPES[shape], dtype)

@@ -9,6 +9,7 @@ from accuracy import assert_as_accurate, max_error
 from attention_truth import (
     DTYPES,
     INTERPRETED_SHAPES,
+    REFUSED_ON_GPU,
     SHAPES,
     assert_selects_largest,
     assert_within,
@@ -59,6 +60,7 @@ def assert_accurate(ours, arguments, selection, grad, theirs=None):
 @pytest.mark.interpreted(shape=INTERPRETED_SHAPES, dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.refused_on_gpu(shape=REFUSED_ON_GPU)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_accurate_as_torch(shape, dtype, backend):
     arguments = tensors(SHAPES[shape], dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyvit.ops import _checks, _library
 
+_WIDEST_ON_GPU = 256  # head dimension whose tiles fit a GPU's registers and shared memory
 _NEEDS = "bool heads_last, bool needs_q, bool needs_k, bool needs_v"
 # What is saved of a selection differs. On the CPU: indices and weights, [B, H, Nq, topk] each, none
 # where every key is kept. On a GPU, where it is quicker to make tiles of scores again than to
@@ -220,6 +221,11 @@ def _checked(op: str, q, k, v, topk, scale):
         _checks.fail(ValueError, op, "v", "of head dimension at least 1", _checks.shape_of(v))
     _checks.shape(op, "k", k, (batch, heads, k.shape[2], dim), " (q's batch, heads, dimension)")
     _checks.shape(op, "v", v, (batch, heads, k.shape[2], v.shape[3]), " (k's batch, heads, keys)")
+    if _library.runs_on_gpu(q) and max(dim, v.shape[3]) > _WIDEST_ON_GPU:
+        raise NotImplementedError(
+            f"pyvit.{op}: head dimensions beyond {_WIDEST_ON_GPU} (here {max(dim, v.shape[3])}) "
+            "run on the CPU alone; move the tensors there with .cpu()"
+        )
     _checks.integer(op, "topk", topk, minimum=1)
     scale = dim**-0.5 if scale is None else _checks.number(op, "scale", scale)
     return _unit_columns(q), _unit_columns(k), _unit_columns(v), scale
@@ -257,6 +263,8 @@ def topk_attention(
     packed projection are read where they lie. A tensor whose last stride is not 1 is copied.
     Scores, softmax and sums are float32 (float64 for float64). Under autocast the arguments are
     cast as for ``F.scaled_dot_product_attention``.
+
+    On a GPU D and Dv are at most 256, and there is no float64.
 
     A query with a NaN score gives a row of NaN and disturbs no other; a NaN in ``v[j]`` reaches
     the queries that kept key j.
