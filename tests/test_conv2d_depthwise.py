@@ -1,4 +1,4 @@
-"""conv2d of groups with few channels: depth-wise layers, multipliers, groups of two to twelve."""
+"""conv2d of groups with few channels: depth-wise layers, multipliers, small groups."""
 
 from __future__ import annotations
 
@@ -66,6 +66,15 @@ SHAPES = {
     "many-to-one": (2, 96, 10, 9, 12, (3, 2), 1, 1, 1, 12),
     "groups-of-eight": (2, 64, 9, 10, 24, 3, 2, 1, 1, 8),
     "groups-of-twelve-to-eight": (2, 48, 9, 10, 32, 3, 1, 1, 1, 4),
+    "sources-in-two-vectors": (2, 48, 9, 20, 24, 3, 1, 1, 1, 8),
+    "vectors-of-whole-groups": (2, 35, 9, 20, 14, 3, 2, 1, 1, 7),
+    "few-lanes-of-many-sources": (2, 90, 8, 9, 6, 1, 1, 0, 1, 3),
+    "vector-of-one-group": (2, 24, 9, 20, 64, 3, 2, 1, 1, 4),
+    "vectors-of-one-group": (2, 10, 9, 31, 100, 3, 1, 1, 1, 5),
+    "half-vectors-of-one-group": (2, 15, 7, 20, 60, (1, 3), 3, 1, 1, 5),
+    "1x1-of-one-group": (3, 16, 5, 5, 80, 1, 1, 0, 1, 4),
+    "1x1-of-several-groups": (3, 40, 5, 7, 48, 1, 1, 0, 1, 8),
+    "1x1-of-several-groups-strided": (2, 36, 15, 31, 18, 1, 2, 0, 1, 6),
     "long-sums": (1, 160, 9, 10, 16, 7, 1, 3, 1, 16),
 }
 
@@ -92,6 +101,9 @@ def test_as_accurate_as_torch(shape, dtype, memory_format):
         "three-doubled-strided",
         "pairs-in-a-vector",
         "groups-of-four",
+        "sources-in-two-vectors",
+        "vectors-of-one-group",
+        "1x1-of-several-groups",
     ],
 )
 def test_slices_of_larger_tensors(shape, memory_format):
@@ -114,6 +126,9 @@ def test_slices_of_larger_tensors(shape, memory_format):
         "three-doubled-strided",
         "pairs-in-a-vector",
         "groups-of-four",
+        "sources-in-two-vectors",
+        "vectors-of-one-group",
+        "1x1-of-several-groups",
         "long-sums",
     ],
 )
@@ -138,6 +153,17 @@ def test_layouts_agree_bit_for_bit(shape):
     last = conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, *geometry)
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(planar, last)
+
+
+def test_nan_stays_in_its_group():
+    x = torch.randn(2, 48, 9, 12)
+    x[1, 20, 4, 4] = float("nan")  # of the fourth group of six
+    for outputs in (3, 20):
+        image = x.contiguous(memory_format=torch.channels_last)
+        y = conv2d(image, torch.randn(8 * outputs, 6, 3, 3), padding=1, groups=8)
+        expected = torch.zeros_like(y, dtype=torch.bool)
+        expected[1, 3 * outputs : 4 * outputs, 3:6, 3:6] = True
+        assert torch.equal(y.isnan(), expected)
 
 
 def test_nan_stays_in_its_channel():

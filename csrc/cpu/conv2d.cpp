@@ -154,13 +154,19 @@ void write_zeros_first(Phases<S>& phases, const Conv2dShape& shape, const View4&
   phases = {{*only}, {only->source.grid[0], only->source.grid[1]}, {1, 1}};
 }
 
-// Groups of a 1×1 layer on planar images, before a way that would copy them.
+// Groups of a 1×1 layer, before a way that would copy them, or bring them to lanes.
 template <class S>
 bool groups_in_place(Phases<S>& phases) {
-  if (phases.list.size() != 1 || phases.list[0].groups == 1 || !pixels_are_runs(phases.list[0]))
-    return false;
-  flatten_pointwise(phases);
-  return conv2d_planes(phases, true);
+  const Gather<S>& g = phases.list[0];
+  if (phases.list.size() != 1 || g.groups == 1) return false;
+  if (pixels_are_runs(g)) {
+    flatten_pointwise(phases);
+    return conv2d_planes(phases, true);
+  }
+  if (g.source.patch_size() != g.source.channels || g.destination.stride[1] != 1) return false;
+  Phases<S> flat = phases;
+  flatten_pointwise(flat);
+  return conv2d_pixels(flat);
 }
 
 // Whether most of the kernel misses the image: what scatters multiplies all of it.

@@ -28,8 +28,8 @@ struct LaneBlock {
   int64_t groups, run = 0;      // slots of every group that fit in one vector, where not all do
   int32_t run_place[L];         // of the first of them
 
-  LaneBlock(int64_t first_, int64_t channels, int64_t per_group, int64_t slots_)
-      : first(first_), count(std::min(L, channels - first_)), slots(slots_) {
+  LaneBlock(int64_t first_, int64_t count_, int64_t per_group, int64_t slots_)
+      : first(first_), count(count_), slots(slots_) {
     const int64_t group = first / per_group, last = (first + count - 1) / per_group;
     source = group * slots;
     groups = last - group + 1;

@@ -1,6 +1,7 @@
-// Depth-wise layers, also of several outputs a channel, whose images have channels last: their
-// lanes lie side by side in memory, and are multiplied where they are, without a band
-// (conv2d_depthwise.cpp).
+// Depth-wise layers, also of several outputs a channel, and other groups whose images have channels
+// last: what their lanes read lies side by side in memory, in one vector or in two, and is multiplied
+// where it is, without a band (conv2d_depthwise.cpp). Each product brings it to its lanes again; a
+// group that fills a vector of lanes by itself reads one element for all of them.
 //
 // A task owns whole rows of the destination, all channels. Destination pixels are taken by the taps
 // that reach the image from them: the columns that all taps reach from along rows, the others, at
@@ -45,9 +46,11 @@ class LanesInPlace {
         std::fill(bias_ + b * L, bias_ + (b + 1) * L, T(0));
       } else {
         std::copy_n(plan.any().bias + block.first, block.count, bias_ + b * L);
+        std::fill(bias_ + b * L + block.count, bias_ + (b + 1) * L, T(0));
       }
     }
     for (const TapAxis& taps : plan.taps[1]) find_columns(taps);
+    joined_ = rows_are_one(plan.any());
   }
 
   void run(int64_t task) {
@@ -78,6 +81,16 @@ class LanesInPlace {
     columns_.push_back(all);
   }
 
+  // Whether the rows of a 1×1 layer follow each other in both images.
+  static bool rows_are_one(const Gather<T>& g) {
+    const auto &s = g.source;
+    const int64_t width = s.grid[1];
+    return s.patch_size() == s.channels && s.step[0] == 1 && s.step[1] == 1 &&
+           s.taps[0][0].offset == 0 && s.taps[1][0].offset == 0 && s.grid[0] == s.height &&
+           width == s.width && s.stride[2] == width * s.stride[3] &&
+           g.destination.stride[2] == width * g.destination.stride[3];
+  }
+
   static Span reaching(const LaneAxis& axis, const TapAxis& taps, int64_t position) {
     return taps.reaching(position * axis.step, position * axis.step, axis.source_size);
   }
@@ -106,6 +119,8 @@ class LanesInPlace {
                     {source.stride[2], source.stride[3]},
                     {to.stride[2], to.stride[3]}};
     const Columns& columns = columns_[p];
+    if (joined_)
+      return sum_line(part, 1, {0, 1}, {begin, begin + 1}, {0, (end - begin) * across.size});
     for (int64_t r = begin, same = begin; r < end; r = same) {
       const Span rows = reaching(down, part.rows, r);
       do ++same;
@@ -141,15 +156,18 @@ class LanesInPlace {
     typename LaneTile<T>::Arguments tile;
     tile.pitch = along.step * part.stride[axis];
     tile.from = plan_.from();
-    tile.lanes = std::min(L, plan_.channels);
     tile.slots = plan_.slots;
-    tile.slot_stride = 0;
+    tile.slot_stride = tile.from == LaneSource::one ? 1 : 0;
     tile.weight_slot_stride = part.rows.count * part.columns.count * L;
     tile.rows = tap_rows.end - tap_rows.begin;
     tile.taps = tap_columns.end - tap_columns.begin;
     tile.row_stride = part.rows.spacing * part.stride[0];
     tile.tap_stride = part.columns.spacing * part.stride[1];
     tile.weight_row_stride = part.columns.count * L;
+    if (tile.from == LaneSource::one && tile.weight_slot_stride == L && tile.rows * tile.taps == 1) {
+      tile.tap_stride = 1;  // the sources of one tap as the taps of one source
+      std::swap(tile.slots, tile.taps);
+    }
     tile.base_pitch = 0;
     tile.c_pitch = part.to_stride[axis];
     const int64_t weight = tap_rows.begin * tile.weight_row_stride + tap_columns.begin * L;
@@ -168,6 +186,10 @@ class LanesInPlace {
         const LaneBlock<T>& block = blocks_[b];
         tile.a = a + block.source;
         tile.sources = block.sources, tile.place = block.place;
+        // Whole vectors are stored soonest; the next block writes what is its own again.
+        tile.lanes = block.first + L <= plan_.channels ? L : block.count;
+        if (tile.from == LaneSource::few || tile.from == LaneSource::pair)
+          tile.from = block.sources > L ? LaneSource::pair : LaneSource::few;
         tile.c = c + block.first;
         tile.base = bias_ + b * L;
         tile.weights = part.weights + b * plan_.panel_elements() + weight;
@@ -255,6 +277,7 @@ class LanesInPlace {
   const LanePlan<T>& plan_;
   const LaneWeights<T> weights_;
   bool fetches_;  // ahead: the images are too large to be in a cache
+  bool joined_;   // a task's pixels are one row
   T *panel_, *bias_;
   std::vector<LaneBlock<T>> blocks_;
   std::vector<Columns> columns_;  // of each phase

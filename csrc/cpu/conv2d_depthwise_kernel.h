@@ -14,8 +14,9 @@
 namespace pyvit {
 
 // Where A has what a vector's lanes meet: in a vector; in half of one, each element for two lanes;
-// or in the first lanes of one, brought to their places, and C has but some lanes too.
-enum class LaneSource { straight, twice, few };
+// in some lanes of one or of two, brought to their places; or in one element for all lanes. From
+// `few` on, C may have but some lanes.
+enum class LaneSource { straight, twice, few, pair, one };
 
 template <class T>
 struct LaneTile {
@@ -35,8 +36,8 @@ struct LaneTile {
     T* c;
     int64_t c_pitch;
     LaneSource from = LaneSource::straight;
-    // For `few`: the lanes that A and C have, and which of A's each lane takes for slot 0; those of
-    // the other slots follow.
+    // From `few` on: the lanes that A and C have, and which of A's each lane takes for slot 0; those
+    // of the other slots follow.
     int64_t sources = 0, lanes = 0;
     const int32_t* place = nullptr;
   };
@@ -75,23 +76,19 @@ inline void lane_kernel(const typename LaneTile<T>::Arguments& g,
   const int64_t pitch = (Step > 0 ? Step * L : g.pitch) * static_cast<int64_t>(sizeof(T));
   const int64_t tap_stride = g.tap_stride * static_cast<int64_t>(sizeof(T));
 #if defined(PYVIT_HAS_LANE_MASKS)
-  constexpr bool few = From == LaneSource::few;
-  const LaneMask sources = lanes_between(0, g.sources), lanes = lanes_between(0, g.lanes);
+  const LaneMask sources = lanes_between(0, g.sources), more = lanes_between(0, g.sources - L);
 #endif
   auto load_a = [&](const char* from, [[maybe_unused]] int64_t slot) {
     const T* p = reinterpret_cast<const T*>(from);
 #if defined(PYVIT_HAS_LANE_MASKS)
-    if constexpr (few) return permute(load_masked(Vec<T>{}, sources, p), g.place, slot);
+    if constexpr (From == LaneSource::few) return permute(load_masked(sources, p), g.place, slot);
+    if constexpr (From == LaneSource::pair)
+      return permute(load(p), load_masked(more, p + L), g.place, slot);
+    if constexpr (From == LaneSource::one) return broadcast(*p);
 #endif
     if constexpr (From == LaneSource::twice)
       return load_twice(p, std::make_integer_sequence<int, L>{});
     return load(p);
-  };
-  auto store_c = [&](T* p, Vec<T> v) {
-#if defined(PYVIT_HAS_LANE_MASKS)
-    if constexpr (few) return store_masked(p, lanes, v);
-#endif
-    store(p, v);
   };
   Vec<T> sum[pixels] = {};
   for (int64_t s = 0; s < g.slots; ++s) {
@@ -117,7 +114,15 @@ inline void lane_kernel(const typename LaneTile<T>::Arguments& g,
   const T* base = g.base;
   T* c = g.c;
   const int64_t base_pitch = g.base_pitch, c_pitch = g.c_pitch;  // stores might alias g
-  ((store_c(c + Pixel * c_pitch, load(base + Pixel * base_pitch) + sum[Pixel])), ...);
+#if defined(PYVIT_HAS_LANE_MASKS)
+  if constexpr (From >= LaneSource::few) {
+    const int64_t lanes = g.lanes;
+    if (lanes < L)
+      return ((store_first(c + Pixel * c_pitch, lanes,
+                           load(base + Pixel * base_pitch) + sum[Pixel])), ...);
+  }
+#endif
+  ((store(c + Pixel * c_pitch, load(base + Pixel * base_pitch) + sum[Pixel])), ...);
 }
 
 template <class T, int Step, LaneSource From, int Pixels>
@@ -136,8 +141,11 @@ inline constexpr auto kLaneKernels =
 
 template <class T>
 inline void run_lane_kernel(int64_t pixels, const typename LaneTile<T>::Arguments& g) {
-  if constexpr (kHasFewLanes<T>)
+  if constexpr (kHasFewLanes<T>) {
     if (g.from == LaneSource::few) return kLaneKernels<T, 0, LaneSource::few>[pixels - 1](g);
+    if (g.from == LaneSource::pair) return kLaneKernels<T, 0, LaneSource::pair>[pixels - 1](g);
+    if (g.from == LaneSource::one) return kLaneKernels<T, 0, LaneSource::one>[pixels - 1](g);
+  }
   (g.from == LaneSource::twice ? kLaneKernels<T, 0, LaneSource::twice>
    : g.pitch == kLanes<T>     ? kLaneKernels<T, 1>
    : g.pitch == 2 * kLanes<T> ? kLaneKernels<T, 2>

@@ -18,11 +18,20 @@ constexpr int64_t kLanePanelBytes = 384 << 10;     // packed weights of one task
 constexpr int64_t kMostLaneBlocks = 8;             // vectors of lanes of one task
 constexpr int64_t kMostPairs = 8;  // of a source and a destination channel of one group
 constexpr int64_t kColumnsOfSpan = 6;  // columns of a layer in place for each that a kernel spans
-// Products of a destination pixel of few channels, in place, for each source pixel; and where no
-// pixel's channels need spreading.
-constexpr int64_t kMostFewProducts = 64, kMostFewTaps = 16;
-constexpr int64_t kMostFewSlots = 4;  // of a 1×1 layer, in place
 constexpr int64_t kRowsOfSpan = 4;  // rows of a box for each row that its neighbour repeats
+
+// What the ways that groups may take cost, in nanoseconds about, for a vector of lanes or a group:
+// a product, a pixel of the destination, a pixel of the source, a source brought to its lanes, a
+// weight packed (a thirtieth, as if for some images). Measured with AVX2 and AVX-512 alike.
+struct InPlaceCost {
+  static constexpr double one = 0.22, few = 0.35, pair = 0.44, pixel = 1.2, weight = 0.03;
+};
+struct LaneBandCost {
+  static constexpr double product = 0.22, pixel = 1.8, read = 2.4, spread = 2.5;
+};
+struct GroupCost {
+  static constexpr double product = 0.15, pixel = 3.3, read = 1.8;
+};
 
 // The taps of one phase on one axis, in ascending order of their offsets, which are equally spaced.
 struct TapAxis {
@@ -67,6 +76,8 @@ struct LanePlan {
   std::vector<TapAxis> taps[2];  // of each phase
   LaneAxis rows, columns;
   int64_t channels, per_group, slots, taps_in_all = 0;
+  int64_t lanes = L;         // of a block, but for the last
+  bool two_vectors = false;  // which a block in place finds its sources in
   int64_t blocks, blocks_per_task = 1;
   bool in_place = false;  // no band: the lanes lie side by side in the images themselves
   bool possible = false;
@@ -75,14 +86,19 @@ struct LanePlan {
 
   const Gather<S>& any() const { return phases.list[0]; }
   LaneBlock<T> block(int64_t index) const {
-    // In place the last block is a whole one too, and repeats channels of its neighbour.
-    const int64_t first = in_place ? std::max<int64_t>(0, std::min(index * L, channels - L))
-                                   : index * L;
-    return LaneBlock<T>(first, channels, per_group, slots);
+    int64_t first = index * lanes, end = channels;
+    if (in_place && from() == LaneSource::one) {
+      const int64_t parts = ceil_div(per_group, L), group = index / parts;
+      first = group * per_group + index % parts * lanes, end = (group + 1) * per_group;
+    } else if (in_place && from() < LaneSource::few) {
+      first = std::min(first, channels - L);  // a whole one, which repeats channels of its neighbour
+    }
+    return LaneBlock<T>(first, std::min(lanes, end - first), per_group, slots);
   }
   int64_t all_sources() const { return any().groups * slots; }
-  LaneSource from() const {  // of a layer in place
-    if (channels < L || slots > 1 || per_group > 2) return LaneSource::few;
+  LaneSource from() const {  // of a layer in place; each block may find its sources in one vector
+    if (channels < L || slots > 1 || per_group > 2)
+      return 2 * per_group >= L ? LaneSource::one : LaneSource::pair;
     return per_group == 1 ? LaneSource::straight : LaneSource::twice;
   }
   int64_t band_rows(int64_t pixels) const {
@@ -121,7 +137,7 @@ struct LanePlan {
 
  private:
   bool few_channels() const;
-  bool few_pointwise() const;
+  void plan_lanes();
   void plan_axis(LaneAxis& axis, int index);
   void plan_boxes();
   bool few_pay() const;
@@ -135,7 +151,7 @@ LanePlan<S>::LanePlan(const Phases<S>& phases_, const int64_t kernel[2])
   channels = any().groups * per_group;
   slots = any().source.channels;
   blocks = ceil_div(channels, L);
-  if (!few_channels()) return;
+  if (any().groups == 1) return;
   for (const Gather<S>& phase : phases.list) {
     for (int axis = 0; axis < 2; ++axis) taps[axis].emplace_back(phase.source.taps[axis]);
     taps_in_all += taps[0].back().count * taps[1].back().count;
@@ -143,7 +159,9 @@ LanePlan<S>::LanePlan(const Phases<S>& phases_, const int64_t kernel[2])
   if (kernel_elements() * static_cast<int64_t>(sizeof(T)) > kLanePanelBytes) return;
   plan_axis(rows, 0);
   plan_axis(columns, 1);
-  if (!plan_in_place()) plan_boxes();
+  if (plan_in_place()) return;
+  lanes = L, blocks = ceil_div(channels, L);
+  if (few_channels()) plan_boxes();
 }
 
 // Whether lanes of several groups pay: their sources must be brought to them slot by slot, while a
@@ -155,29 +173,12 @@ bool LanePlan<S>::few_channels() const {
       std::min(any().groups, L / per_group + (L % per_group == 0 ? 0 : 2));
   const int64_t sources = groups_of_block * slots;  // of a vector of lanes
   const int64_t most_pairs = sources <= L ? std::max(kMostPairs, L) : kMostPairs;
-  if (few_pointwise()) return true;
   return any().groups > 1 && 2 * per_group <= L &&
          (std::min(channels, all_sources()) >= L / 4 || phases.list.size() > 1 ||
           (kHasFewLanes<S> && slots * per_group <= 4 && any().source.stride[1] == 1 &&
            any().destination.stride[1] == 1)) &&
          sources <= kMostLaneSources * L &&
          slots * per_group <= most_pairs * phases.stride[0] * phases.stride[1];
-}
-
-// Whether this is a 1×1 layer that reads, for each vector of the result, at most a vector: each is
-// read for few products, so that bringing them to their lanes in place is all there is to do.
-template <class S>
-bool LanePlan<S>::few_pointwise() const {
-  const int64_t panels = blocks * slots * L * static_cast<int64_t>(sizeof(T));
-  if (!kHasFewLanes<S> || kernel_taps > 1 || any().groups == 1 || per_group >= L ||
-      slots > kMostFewSlots || from() != LaneSource::few || any().source.stride[1] != 1 ||
-      any().destination.stride[1] != 1 || panels > kLanePanelBytes)
-    return false;
-  for (int64_t at = 0; at < channels; at += L) {
-    const int64_t first = std::max<int64_t>(0, std::min(at, channels - L));
-    if (LaneBlock<T>(first, channels, per_group, slots).sources > L) return false;
-  }
-  return true;
 }
 
 template <class S>
@@ -199,23 +200,81 @@ void LanePlan<S>::plan_axis(LaneAxis& axis, int index) {
   axis.cut(1);
 }
 
-// Whether channels of less than a vector pay in place, where each product brings them to their lanes
-// again: not where a band can have them there for many products.
+// The lanes of a block: whole vectors if their sources are at most two, else whole groups.
+template <class S>
+void LanePlan<S>::plan_lanes() {
+  if (from() < LaneSource::few) return;
+  if (from() == LaneSource::one) {
+    blocks = any().groups * ceil_div(per_group, L);
+    lanes = ceil_div(per_group, ceil_div(per_group, L));
+    return;
+  }
+  const int64_t whole = std::min(L / per_group, 2 * L / slots);  // groups
+  auto cost = [&](int64_t width, int64_t groups) {
+    return ceil_div(channels, width) *
+           (std::min(groups, any().groups) * slots > L ? InPlaceCost::pair : InPlaceCost::few);
+  };
+  const int64_t spanned = L % per_group == 0 ? L / per_group : (L - 2) / per_group + 2;
+  const bool fits = std::min(spanned, any().groups) * slots <= 2 * L;
+  lanes = 0;
+  int64_t groups = spanned;
+  if (fits) lanes = std::min(L, channels);
+  if (whole > 0 && (!fits || cost(whole * per_group, whole) < cost(L, spanned)))
+    lanes = std::min(channels, whole * per_group), groups = whole;
+  two_vectors = std::min(groups, any().groups) * slots > L;
+  if (lanes > 0) blocks = ceil_div(channels, lanes);
+}
+
+// Whether bringing channels to their lanes for each product costs less than a band that has them
+// there (LanesInPlace and LaneWorker), or than one group at a time (conv2d_band.cpp). Costs are of
+// one image, since a batch must not decide.
 template <class S>
 bool LanePlan<S>::few_pay() const {
-  const int64_t phases_taken = phases.list.size() * rows.step * columns.step;
-  const int64_t most = per_group * slots > 1 ? kMostFewProducts : kMostFewTaps;
-  if (few_pointwise()) return true;
-  return kHasFewLanes<T> && channels <= L && all_sources() <= L &&
-         slots * taps_in_all <= most * phases_taken;
+  const PatchSource<S>& source = any().source;
+  double inside_image = 0, in_band = 0;  // products of a lane and a slot
+  for (const Gather<S>& phase : phases.list) {
+    double met[2] = {0, 0};
+    for (int axis = 0; axis < 2; ++axis) {
+      for (const Tap& tap : phase.source.taps[axis]) {
+        const Span span = inside(tap.offset, source.step[axis],
+                                 axis == 0 ? source.height : source.width,
+                                 phase.source.grid[axis]);
+        met[axis] += span.end - span.begin;
+      }
+    }
+    inside_image += met[0] * met[1];
+    in_band += met[0] * phase.source.taps[1].size() * phase.source.grid[1];
+  }
+  const double pixels = phases.size[0] * phases.size[1], read = source.height * source.width;
+  const double weights = InPlaceCost::weight * L * slots * kernel_taps;
+  const double product = from() == LaneSource::one ? InPlaceCost::one
+                         : two_vectors             ? InPlaceCost::pair
+                                                   : InPlaceCost::few;
+  const double cost =
+      blocks * (slots * product * inside_image + InPlaceCost::pixel * pixels + weights);
+  if (few_channels()) {
+    const double spread = LaneBandCost::product * in_band + LaneBandCost::spread * read;
+    return cost < ceil_div(channels, L) * (slots * spread + LaneBandCost::pixel * pixels +
+                                           LaneBandCost::read * read + weights);
+  }
+  int64_t fold = 1;
+  while (2 * fold * per_group <= L) fold *= 2;
+  const int64_t pitch_bytes = source.stride[3] * source.step[1] * static_cast<int64_t>(sizeof(S));
+  const bool copies = taps_in_all > 1 || pitch_bytes % 2048 == 0;  // else it reads in place too
+  const double of_group = ceil_div(per_group, L) * slots * GroupCost::product * in_band / fold;
+  return cost < any().groups * (of_group + GroupCost::pixel * pixels +
+                                (copies ? GroupCost::read * read : 0));
 }
 
 // Depth-wise on channels last. Boxes are whole rows of all channels: memory is walked as it lies.
 template <class S>
 bool LanePlan<S>::plan_in_place() {
-  in_place = std::is_same_v<S, T> &&
-             (from() == LaneSource::few ? few_pay() : per_group <= 2) &&
-             any().source.stride[1] == 1 && any().destination.stride[1] == 1 &&
+  if (!std::is_same_v<S, T> || any().source.stride[1] != 1 || any().destination.stride[1] != 1)
+    return false;
+  if (from() >= LaneSource::few && !kHasFewLanes<T>) return false;
+  plan_lanes();
+  in_place = lanes > 0 &&
+             (from() < LaneSource::few ? few_channels() && per_group <= 2 : few_pay()) &&
              slots * taps_in_all <= kLaneChain &&
              blocks * panel_elements() * static_cast<int64_t>(sizeof(T)) <= kLanePanelBytes;
   // A column at an image's side is summed by itself, with the taps that reach the image from it.

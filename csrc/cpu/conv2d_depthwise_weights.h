@@ -39,12 +39,20 @@ class LaneWeights {
     const Gather<S>& g = plan_.any();
     const int64_t* stride = g.weights.stride;
     const bool run = stride[3] == 1 && stride[2] == kernel_columns_;
+    // Channels side by side: a lane's weights are one run, tap by tap.
+    const bool last = plan_.slots > 1 && stride[1] == 1 &&
+                      (kernel_columns_ == 1 || stride[3] == plan_.slots) &&
+                      (taps == kernel_columns_ || stride[2] == kernel_columns_ * plan_.slots);
     if (block.count < L) std::fill(kernels, kernels + length * L, T(0));
     for (int64_t l = 0; l < block.count; ++l) {
       const int64_t channel = block.first + l;
       const S* of_lane = g.weights.data + channel / plan_.per_group * g.group_stride +
                          channel % plan_.per_group * stride[0];
       T* to = kernels + l * length;
+      if (last) {
+        widen_run(to, of_lane, length);
+        continue;
+      }
       for (int64_t s = 0; s < plan_.slots; ++s, of_lane += stride[1], to += taps) {
         if (run) {
           widen_run(to, of_lane, taps);
@@ -64,7 +72,11 @@ class LaneWeights {
         const Place& place = places_[tap];
         if (place.first >= 0)
           store(panel + (place.first + slot * place.slot_stride) * L, load(turned + i * L));
-        if (++tap == taps) tap = 0, ++slot;
+        if (last) {
+          if (++slot == plan_.slots) slot = 0, ++tap;
+        } else if (++tap == taps) {
+          tap = 0, ++slot;
+        }
       }
     }
   }

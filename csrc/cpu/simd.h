@@ -139,13 +139,18 @@ inline LaneMask first_lanes(int64_t n) {
 inline LaneMask lanes_between(int64_t begin, int64_t end) {
   return first_lanes(end) & ~first_lanes(begin);
 }
-// Lanes of p where the mask is on, of `other` elsewhere.
+// Lanes of p where the mask is on, of `other` (or zeros) elsewhere.
 inline Vec<float> load_masked(Vec<float> other, LaneMask mask, const float* p) {
   return (Vec<float>)_mm512_mask_loadu_ps((__m512)other, mask, p);
+}
+inline Vec<float> load_masked(LaneMask mask, const float* p) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(mask, p);
 }
 inline void store_masked(float* p, LaneMask mask, Vec<float> v) {
   _mm512_mask_storeu_ps(p, mask, (__m512)v);
 }
+// The first n lanes of v, 0 <= n <= 16.
+inline void store_first(float* p, int64_t n, Vec<float> v) { store_masked(p, first_lanes(n), v); }
 inline Vec<float> select(LaneMask mask, Vec<float> on, Vec<float> off) {
   return (Vec<float>)_mm512_mask_mov_ps((__m512)off, mask, (__m512)on);
 }
@@ -161,6 +166,12 @@ inline Vec<float> permute(Vec<float> v, const int32_t* place, int64_t add) {
                                         _mm512_set1_epi32(static_cast<int>(add)));
   return (Vec<float>)_mm512_permutexvar_ps(from, (__m512)v);
 }
+// The same of a followed by b.
+inline Vec<float> permute(Vec<float> a, Vec<float> b, const int32_t* place, int64_t add) {
+  const __m512i from = _mm512_add_epi32(_mm512_loadu_si512(place),
+                                        _mm512_set1_epi32(static_cast<int>(add)));
+  return (Vec<float>)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
+}
 #elif defined(__AVX2__)
 #define PYVIT_HAS_LANE_MASKS 1
 using LaneMask = __m256i;
@@ -173,11 +184,30 @@ inline LaneMask lanes_between(int64_t begin, int64_t end) {
 inline Vec<float> select(LaneMask mask, Vec<float> on, Vec<float> off) {
   return (Vec<float>)_mm256_blendv_ps((__m256)off, (__m256)on, _mm256_castsi256_ps(mask));
 }
+inline Vec<float> load_masked(LaneMask mask, const float* p) {
+  return (Vec<float>)_mm256_maskload_ps(p, mask);
+}
 inline Vec<float> load_masked(Vec<float> other, LaneMask mask, const float* p) {
-  return select(mask, (Vec<float>)_mm256_maskload_ps(p, mask), other);
+  return select(mask, load_masked(mask, p), other);
 }
 inline void store_masked(float* p, LaneMask mask, Vec<float> v) {
   _mm256_maskstore_ps(p, mask, (__m256)v);
+}
+// Without a mask: some processors store by one slowly.
+inline void store_first(float* p, int64_t n, Vec<float> v) {
+  if (n >= 8) return store(p, v);
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (n & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps((__m256)v, 1);
+    p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+    part = _mm_movehl_ps(part, part);
+    p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, part);
 }
 inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
   const __m256 mixed = _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
@@ -187,6 +217,13 @@ inline Vec<float> permute(Vec<float> v, const int32_t* place, int64_t add) {
   const __m256i from = _mm256_add_epi32(_mm256_loadu_si256((const __m256i*)place),
                                         _mm256_set1_epi32(static_cast<int>(add)));
   return (Vec<float>)_mm256_permutevar8x32_ps((__m256)v, from);
+}
+inline Vec<float> permute(Vec<float> a, Vec<float> b, const int32_t* place, int64_t add) {
+  const __m256i from = _mm256_add_epi32(_mm256_loadu_si256((const __m256i*)place),
+                                        _mm256_set1_epi32(static_cast<int>(add)));
+  const __m256 of_b = _mm256_castsi256_ps(_mm256_slli_epi32(from, 28));  // bit 3 as the sign
+  return (Vec<float>)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)a, from),
+                                      _mm256_permutevar8x32_ps((__m256)b, from), of_b);
 }
 #endif
 
