@@ -5,9 +5,10 @@
 // channels of its own group, one slot after the other. A task owns such a vector and a box of the
 // destination. It copies the source's part under the box into a band that has the slots in their
 // lanes (conv2d_depthwise_band.h) and multiplies windows of it (conv2d_depthwise_kernel.h). The
-// memory layouts of source and destination matter to the copies alone. With channels last nothing is
-// copied where bringing them to their lanes for each product costs less (conv2d_depthwise_in_place.h),
-// nor for 3×3 layers on planar images, or of few channels side by side (conv2d_depthwise_planes.h).
+// memory layouts of source and destination matter to the copies alone. With channels last nothing
+// is copied where bringing them to their lanes for each product costs less
+// (conv2d_depthwise_in_place.h), nor for 3×3 layers on planar images, or of few channels side by
+// side (conv2d_depthwise_planes.h).
 //
 // Rows outside the image are skipped, columns outside are zeros in the band. Sums run over (slot,
 // row tap, column tap) in chains whose length depends on the kernel and the image alone.

@@ -1,7 +1,7 @@
-// Depth-wise layers, also of several outputs a channel, and other groups whose images have channels
-// last: what their lanes read lies side by side in memory, in one vector or in two, and is multiplied
-// where it is, without a band (conv2d_depthwise.cpp). Each product brings it to its lanes again; a
-// group that fills a vector of lanes by itself reads one element for all of them.
+// Depth-wise layers, also of several outputs a channel, and other groups whose images have
+// channels last: what their lanes read lies side by side in memory, in one vector or in two, and is
+// multiplied where it is, without a band (conv2d_depthwise.cpp). Each product brings it to its
+// lanes again; a group that fills a vector of lanes by itself reads one element for all of them.
 //
 // A task owns whole rows of the destination, all channels. Destination pixels are taken by the taps
 // that reach the image from them: the columns that all taps reach from along rows, the others, at
@@ -164,7 +164,8 @@ class LanesInPlace {
     tile.row_stride = part.rows.spacing * part.stride[0];
     tile.tap_stride = part.columns.spacing * part.stride[1];
     tile.weight_row_stride = part.columns.count * L;
-    if (tile.from == LaneSource::one && tile.weight_slot_stride == L && tile.rows * tile.taps == 1) {
+    const bool one_tap = tile.weight_slot_stride == L && tile.rows * tile.taps == 1;
+    if (tile.from == LaneSource::one && one_tap) {
       tile.tap_stride = 1;  // the sources of one tap as the taps of one source
       std::swap(tile.slots, tile.taps);
     }

@@ -36,8 +36,8 @@ struct LaneTile {
     T* c;
     int64_t c_pitch;
     LaneSource from = LaneSource::straight;
-    // From `few` on: the lanes that A and C have, and which of A's each lane takes for slot 0; those
-    // of the other slots follow.
+    // From `few` on: the lanes that A and C have, and which of A's each lane takes for slot 0;
+    // those of the other slots follow.
     int64_t sources = 0, lanes = 0;
     const int32_t* place = nullptr;
   };
@@ -116,10 +116,10 @@ inline void lane_kernel(const typename LaneTile<T>::Arguments& g,
   const int64_t base_pitch = g.base_pitch, c_pitch = g.c_pitch;  // stores might alias g
 #if defined(PYVIT_HAS_LANE_MASKS)
   if constexpr (From >= LaneSource::few) {
-    const int64_t lanes = g.lanes;
-    if (lanes < L)
-      return ((store_first(c + Pixel * c_pitch, lanes,
-                           load(base + Pixel * base_pitch) + sum[Pixel])), ...);
+    const LaneMask lanes = lanes_between(0, g.lanes);
+    if (g.lanes < L)
+      return ((store_masked(c + Pixel * c_pitch, lanes,
+                            load(base + Pixel * base_pitch) + sum[Pixel])), ...);
   }
 #endif
   ((store(c + Pixel * c_pitch, load(base + Pixel * base_pitch) + sum[Pixel])), ...);

@@ -22,9 +22,10 @@ constexpr int64_t kRowsOfSpan = 4;  // rows of a box for each row that its neigh
 
 // What the ways that groups may take cost, in nanoseconds about, for a vector of lanes or a group:
 // a product, a pixel of the destination, a pixel of the source, a source brought to its lanes, a
-// weight packed (a thirtieth, as if for some images). Measured with AVX2 and AVX-512 alike.
+// product that waits for the one before, a weight packed (a thirtieth, as if for some images).
+// Measured with AVX2 and AVX-512 alike.
 struct InPlaceCost {
-  static constexpr double one = 0.22, few = 0.35, pair = 0.44, pixel = 1.2, weight = 0.03;
+  static constexpr double one = 0.22, few = 0.35, pair = 0.44, pixel = 1.2, wait = 0.7, weight = 0.03;
 };
 struct LaneBandCost {
   static constexpr double product = 0.22, pixel = 1.8, read = 2.4, spread = 2.5;
@@ -91,7 +92,7 @@ struct LanePlan {
       const int64_t parts = ceil_div(per_group, L), group = index / parts;
       first = group * per_group + index % parts * lanes, end = (group + 1) * per_group;
     } else if (in_place && from() < LaneSource::few) {
-      first = std::min(first, channels - L);  // a whole one, which repeats channels of its neighbour
+      first = std::min(first, channels - L);  // a whole one, which repeats its neighbour's channels
     }
     return LaneBlock<T>(first, std::min(lanes, end - first), per_group, slots);
   }
@@ -232,26 +233,32 @@ template <class S>
 bool LanePlan<S>::few_pay() const {
   const PatchSource<S>& source = any().source;
   double inside_image = 0, in_band = 0;  // products of a lane and a slot
+  double lone = 0;                       // pixels that have a kernel's call to themselves
   for (const Gather<S>& phase : phases.list) {
-    double met[2] = {0, 0};
+    double met[2] = {0, 0}, edges[2];  // positions whose taps are not all inside
     for (int axis = 0; axis < 2; ++axis) {
+      const int64_t grid = phase.source.grid[axis];
+      Span whole{0, grid};
       for (const Tap& tap : phase.source.taps[axis]) {
         const Span span = inside(tap.offset, source.step[axis],
-                                 axis == 0 ? source.height : source.width,
-                                 phase.source.grid[axis]);
+                                 axis == 0 ? source.height : source.width, grid);
         met[axis] += span.end - span.begin;
+        whole = {std::max(whole.begin, span.begin), std::min(whole.end, span.end)};
       }
+      edges[axis] = grid - std::max<int64_t>(0, whole.end - whole.begin);
     }
     inside_image += met[0] * met[1];
     in_band += met[0] * phase.source.taps[1].size() * phase.source.grid[1];
+    lone += edges[0] * edges[1];
   }
   const double pixels = phases.size[0] * phases.size[1], read = source.height * source.width;
   const double weights = InPlaceCost::weight * L * slots * kernel_taps;
   const double product = from() == LaneSource::one ? InPlaceCost::one
                          : two_vectors             ? InPlaceCost::pair
                                                    : InPlaceCost::few;
-  const double cost =
-      blocks * (slots * product * inside_image + InPlaceCost::pixel * pixels + weights);
+  const double wait = InPlaceCost::wait * lone / pixels;
+  const double cost = blocks * (slots * (product + wait) * inside_image +
+                                InPlaceCost::pixel * pixels + weights);
   if (few_channels()) {
     const double spread = LaneBandCost::product * in_band + LaneBandCost::spread * read;
     return cost < ceil_div(channels, L) * (slots * spread + LaneBandCost::pixel * pixels +
@@ -279,8 +286,8 @@ bool LanePlan<S>::plan_in_place() {
              blocks * panel_elements() * static_cast<int64_t>(sizeof(T)) <= kLanePanelBytes;
   // A column at an image's side is summed by itself, with the taps that reach the image from it.
   const int64_t span = columns.last - columns.first, covered = columns.size * columns.step;
-  in_place =
-      in_place && (span <= 2 || kColumnsOfSpan * span * columns.phase_step <= covered);
+  in_place = in_place && (span <= 2 || from() >= LaneSource::few ||
+                          kColumnsOfSpan * span * columns.phase_step <= covered);
   if (!in_place) return false;
   blocks_per_task = blocks;
   const int64_t row_bytes = columns.size * channels * static_cast<int64_t>(sizeof(T));

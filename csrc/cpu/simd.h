@@ -149,8 +149,6 @@ inline Vec<float> load_masked(LaneMask mask, const float* p) {
 inline void store_masked(float* p, LaneMask mask, Vec<float> v) {
   _mm512_mask_storeu_ps(p, mask, (__m512)v);
 }
-// The first n lanes of v, 0 <= n <= 16.
-inline void store_first(float* p, int64_t n, Vec<float> v) { store_masked(p, first_lanes(n), v); }
 inline Vec<float> select(LaneMask mask, Vec<float> on, Vec<float> off) {
   return (Vec<float>)_mm512_mask_mov_ps((__m512)off, mask, (__m512)on);
 }
@@ -192,22 +190,6 @@ inline Vec<float> load_masked(Vec<float> other, LaneMask mask, const float* p) {
 }
 inline void store_masked(float* p, LaneMask mask, Vec<float> v) {
   _mm256_maskstore_ps(p, mask, (__m256)v);
-}
-// Without a mask: some processors store by one slowly.
-inline void store_first(float* p, int64_t n, Vec<float> v) {
-  if (n >= 8) return store(p, v);
-  __m128 part = _mm256_castps256_ps128((__m256)v);
-  if (n & 4) {
-    _mm_storeu_ps(p, part);
-    part = _mm256_extractf128_ps((__m256)v, 1);
-    p += 4;
-  }
-  if (n & 2) {
-    _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
-    part = _mm_movehl_ps(part, part);
-    p += 2;
-  }
-  if (n & 1) _mm_store_ss(p, part);
 }
 inline Vec<float> even_lanes(Vec<float> a, Vec<float> b) {
   const __m256 mixed = _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
