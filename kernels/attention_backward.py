@@ -125,11 +125,11 @@ def attention_dense_backward(
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if tuning.allows_tf32("matmul") else "ieee"
 
 
 def _tile(q: Tensor, dim: int, by_keys: bool) -> dict[str, int]:
-    kind = tuning.product_kind(q, torch.backends.cuda.matmul.allow_tf32)
+    kind = tuning.product_kind(q, tuning.allows_tf32("matmul"))
     shipped = configuration(dim, kind, by_keys, tuning.capability(q))
     way = "keys" if by_keys else "queries"
     name = f"attention gradients by {way} {kind} D<={triton.next_power_of_2(dim)}"

@@ -121,7 +121,7 @@ def _launch_forward(
     out = q.new_empty((batch, queries, heads, value_dim)).transpose(1, 2)
     if out.numel() == 0:
         return out
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    tf32 = tuning.allows_tf32("matmul")
     kind = tuning.product_kind(q, tf32)
     wide, penalty = max(dim, value_dim), tail_energy is not None
     configuration = forward_configuration(keys, wide, kind, penalty, tuning.capability(q))

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,14 @@ if importlib.util.find_spec("triton") is None:
 
 from launches import recorded
 
-from pyvit.kernels import conv2d, linear, patch_embed, projected_step
+from pyvit.kernels import (
+    attention_backward,
+    conv2d,
+    linear,
+    patch_embed,
+    projected_step,
+    topk_attention,
+)
 
 STRIDED = ((2, 2), (1, 1, 1, 1), (1, 1), 1, False)  # and dense otherwise
 
@@ -72,6 +80,21 @@ def test_each_layer_obeys_torchs_switch_for_it(precisions, conv, matmul):
         )
         == conv
     )
+    q = torch.empty(1, 2, 20, 16)
+    attention = partial(topk_attention.topk_attention, q, q, q, 4, 0.25, True)
+    assert first_precision(attention) == matmul
+    out, selection, softmax = torch.empty(1, 2, 20, 16), *saved(q)
+    backward = partial(attention_backward.topk_attention_backward, out, out, q, q, q)
+    needs = (True,) * 4
+    launches = recorded(lambda: backward(selection, softmax, 4, 20, 0.25, *needs))
+    kinds = {launch.arguments.get("PRECISION", matmul) for launch in launches}
+    assert kinds == {matmul}
+
+
+def saved(q):
+    """What the forward pass of attention leaves for the backward pass."""
+    rows, keys = q.shape[:3], q.shape[2]
+    return torch.empty(*rows, (keys + 7) // 8, dtype=torch.uint8), torch.empty(*rows, 2)
 
 
 def test_older_switches_are_obeyed(precisions):
@@ -146,7 +169,14 @@ def test_no_result_depends_on_tritons_default_for_fusion():
 COUNT_KERNELS = """
 import collections, json
 import aot, torch
-from pyvit.kernels import conv2d, linear, patch_embed, projected_step
+from pyvit.kernels import (
+    attention_backward,
+    conv2d,
+    linear,
+    patch_embed,
+    projected_step,
+    topk_attention,
+)
 
 kernels = collections.defaultdict(set)
 torch.set_default_device("meta")
