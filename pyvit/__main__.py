@@ -14,7 +14,7 @@ import torch
 
 import pyvit
 from pyvit import _native
-from pyvit.ops import _library
+from pyvit.ops import _backends
 
 
 def processor_name() -> str:
@@ -26,19 +26,18 @@ def processor_name() -> str:
 
 
 def gpu_lines() -> list[str]:
-    """Whether the GPU's kernels, Triton's, can run here, and if not why."""
-    problem = _library.triton_problem()
+    """Which kernels a GPU has here, and why not others."""
     if torch.cuda.is_available():
         gpu = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-        cuda = f"{gpu}: runs" if not problem else f"{gpu}: does not run: {problem}"
     else:
         reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU found"
-        cuda = f"does not run: {reason}"
-    if importlib.util.find_spec("triton") is None:
-        triton = "not installed; CUDA tensors need it, those of the CPU do not"
-    else:
-        triton = f"{importlib.metadata.version('triton')}, for CUDA tensors"
-    return [f"cuda          {cuda}", f"triton        {triton}"]
+        gpu = f"none: {reason}"
+    triton = _backends.triton_problem() or f"{importlib.metadata.version('triton')}"
+    return [
+        f"gpu           {gpu}",
+        f"  triton      {triton}",
+        f"  cuda c++    {_backends.cuda_problem() or 'built'}",
+    ]
 
 
 def info() -> int:

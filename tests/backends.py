@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 
 import torch
 
+from pyvit.ops import _backends
+
 INTERPRETED = "triton-interpreted"
+EMULATED = "cuda-emulated"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_GPU = torch.cuda.is_available()
-BACKENDS = ["cpu", *(["triton"] if HAS_GPU else [INTERPRETED] if HAS_TRITON else [])]
+CAN_EMULATE = platform.system() == "Linux" and platform.machine() == "x86_64"
+BACKENDS = ["cpu"]
+if HAS_GPU:
+    BACKENDS += ["triton", *([] if _backends.cuda_problem() else ["cuda"])]
+else:
+    BACKENDS += [*([INTERPRETED] if HAS_TRITON else []), *([EMULATED] if CAN_EMULATE else [])]

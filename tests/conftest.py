@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 import hypothesis_shim
 import pytest
 import torch
-from backends import BACKENDS, INTERPRETED
+from backends import BACKENDS, EMULATED, INTERPRETED
 from recorded_ops import RecordedOps
+
+import pyvit
+
+CUDA_SOURCES = list((Path(__file__).resolve().parents[1] / "csrc/cuda").glob("*.cu"))
 
 hypothesis_shim.install()
 if INTERPRETED in BACKENDS:
@@ -51,13 +56,18 @@ def no_warning():
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Run a test once for each backend: with its kernels, and its device for new tensors."""
-    if request.param == "triton":
-        with torch.device("cuda"):
+    if request.param in ("triton", "cuda"):
+        with torch.device("cuda"), pyvit.backend(request.param):
             yield request.param
     elif request.param == INTERPRETED:
         from triton_interpreter import interpreted
 
         with interpreted():
+            yield request.param
+    elif request.param == EMULATED:
+        from cuda_emulator import any_schedule, emulated
+
+        with emulated(), any_schedule(request.node.nodeid):
             yield request.param
     else:
         yield request.param
@@ -83,14 +93,22 @@ def _parameters(item):
 
 def _has_kernel(item):
     parameters = _parameters(item)
-    if parameters.get("backend", "cpu") == "cpu":
+    backend = parameters.get("backend", "cpu")
+    if backend == "cpu":
         return True
+    if backend in ("cuda", EMULATED) and not _has_cuda_source(item.path.stem):
+        return False
     refused = any(
         parameters.get(name) in values
         for marker in item.iter_markers("refused_on_gpu")
         for name, values in marker.kwargs.items()
     )
     return not refused and parameters.get("dtype") is not torch.float64
+
+
+def _has_cuda_source(test):
+    """Whether csrc/cuda has a file that tests/test_<op>….py is named after."""
+    return any(test.startswith(f"test_{source.stem}") for source in CUDA_SOURCES)
 
 
 def _is_too_slow(item):

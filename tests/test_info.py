@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import pyvit
 from pyvit import _native, conv2d
 from pyvit.__main__ import main
-from pyvit.ops import _library
+from pyvit.ops import _backends
 
 
 def test_info_says_what_runs(capsys):
@@ -44,29 +47,74 @@ class OnGpu:
         self.dtype = dtype
 
 
+@pytest.fixture
+def forgetful():
+    """What was found out about the backends is found out anew, in the test and after it."""
+    found = (_backends.triton_problem, _backends.cuda_problem, _backends.problem, _backends.choose)
+    for function in found:
+        function.cache_clear()
+    yield
+    for function in found:
+        function.cache_clear()
+
+
 @pytest.mark.parametrize("op", ["conv2d", "unfold", "topk_attention", "projected_step", "linear"])
-def test_a_gpu_without_triton_says_what_to_do(monkeypatch, op):
-    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: None)
-    _library.triton_problem.cache_clear()
-    message = rf"pyvit\.{op}: no kernel for CUDA tensors; Triton is not installed: pip install"
+def test_a_gpu_without_kernels_says_what_to_do(monkeypatch, forgetful, op):
+    monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_backends, "CUDA_LIBRARY", Path("nowhere.so"))
+    message = (
+        rf"pyvit\.{op}: no kernel for CUDA tensors: Triton is not installed: pip install .*; or "
+        "the CUDA C.. kernels are not built: FORCE_CUDA=1 pip install"
+    )
     with pytest.raises(NotImplementedError, match=message):
-        _library.require_kernels(op, OnGpu())
-    _library.triton_problem.cache_clear()
+        _backends.require_kernels(op, OnGpu())
 
 
-def test_an_old_triton_is_refused(monkeypatch):
-    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(_library.importlib.metadata, "version", lambda name: "3.2.0")
-    _library.triton_problem.cache_clear()
-    assert _library.triton_problem() == "Triton 3.2.0 is too old: pip install 'triton>=3.6'"
-    _library.triton_problem.cache_clear()
+def test_an_old_triton_is_refused(monkeypatch, forgetful):
+    monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(_backends.importlib.metadata, "version", lambda name: "3.2.0")
+    assert _backends.triton_problem() == "Triton 3.2.0 is too old: pip install 'triton>=3.6'"
 
 
-def test_float64_stays_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(_library, "triton_problem", lambda: "")
-    _library.require_kernels("conv2d", OnGpu())
+def test_a_backend_that_is_asked_for_and_cannot_run(monkeypatch, forgetful):
+    monkeypatch.setattr(_backends, "triton_problem", lambda: "")
+    monkeypatch.setattr(_backends, "CUDA_LIBRARY", Path("nowhere.so"))
+    _backends.require_kernels("conv2d", OnGpu())
+    message = "backend 'cuda' is asked for, but the CUDA C.. kernels are not built"
+    with pyvit.backend("cuda"), pytest.raises(NotImplementedError, match=message):
+        _backends.require_kernels("conv2d", OnGpu())
+    _backends.require_kernels("conv2d", OnGpu())
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'auto', 'triton', 'cuda'; got 'cudnn'"):
+        pyvit.backend("cudnn")
+    code = "import pyvit"
+    environment = {**os.environ, "PYVIT_BACKEND": "cudnn"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "PYVIT_BACKEND" in run.stderr and "cudnn" in run.stderr
+
+
+@pytest.mark.parametrize("table", ["triton", "cuda"])
+def test_auto_takes_what_the_table_says_where_it_can_run(monkeypatch, forgetful, table):
+    problems = {"triton": "", "cuda": ""}
+    monkeypatch.setattr(_backends, "problem", lambda kind, name: problems[kind])
+    monkeypatch.setitem(_backends.AUTOMATIC, "conv2d", table)
+    other = "cuda" if table == "triton" else "triton"
+    assert _backends.choose("conv2d", "auto") == (table, "")
+    assert _backends.choose("conv2d", other) == (other, "")
+    _backends.choose.cache_clear()
+    problems[table] = "gone"
+    assert _backends.choose("conv2d", "auto") == (other, "")
+
+
+def test_float64_stays_on_the_cpu(monkeypatch, forgetful):
+    monkeypatch.setattr(_backends, "triton_problem", lambda: "")
+    _backends.require_kernels("conv2d", OnGpu())
     with pytest.raises(NotImplementedError, match="float64 runs on the CPU alone"):
-        _library.require_kernels("conv2d", OnGpu(torch.float64))
+        _backends.require_kernels("conv2d", OnGpu(torch.float64))
 
 
 def test_importing_pyvit_imports_no_triton():

@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from pyvit.ops import _library
+from pyvit.ops import _backends
 
 _convert_float = interpreter._convert_float
 _patched_modules: set[str] = set()
@@ -67,14 +67,14 @@ def mend() -> None:
 def interpreted() -> Iterator[None]:
     """While it lasts, ``pyvit::`` ops on CPU tensors run the Triton kernels of ``kernels/``."""
     mend()
-    runs_on_gpu, _library.runs_on_gpu = _library.runs_on_gpu, lambda value: True
+    runs_on_gpu, _backends.runs_on_gpu = _backends.runs_on_gpu, lambda value: True
     library = torch.library.Library("pyvit", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are overridden
-        for name, launch in _library.triton_launchers.items():
-            library.impl(name, launch, "CPU", allow_override=True)
+        for name in _backends.triton_modules:
+            library.impl(name, _backends.launcher(name, "triton"), "CPU", allow_override=True)
     try:
         yield
     finally:
         library._destroy()
-        _library.runs_on_gpu = runs_on_gpu
+        _backends.runs_on_gpu = runs_on_gpu

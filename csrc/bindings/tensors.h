@@ -12,8 +12,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/conv2d.h"
-#include "cpu/dtypes.h"
+#include "shapes.h"
 
 namespace pyvit {
 
@@ -40,7 +39,7 @@ inline Tensor in_huge_pages(Tensor result) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = 2 << 20;
   const auto bytes = static_cast<uintptr_t>(result.numel()) * result.element_size();
-  if (bytes >= 2 * kHugePage) {  // then at least one whole page lies inside
+  if (bytes >= 2 * kHugePage && result.is_cpu()) {  // then at least one whole page lies inside
     const auto begin = reinterpret_cast<uintptr_t>(result.const_data_ptr());
     const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
     const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;

@@ -5,22 +5,9 @@
 #include <cstdint>
 
 #include "dtypes.h"
+#include "shapes.h"
 
 namespace pyvit {
-
-struct Conv2dShape {
-  int64_t batch, in_channels, height, width;
-  int64_t out_channels, out_height, out_width;
-  int64_t kernel[2], stride[2], padding[2], dilation[2];  // padding: above and left
-  int64_t groups;
-};
-
-// A tensor of four dimensions with its strides in elements: batch, channel, row, column for an
-// image; out channel, in channel, row, column for a weight.
-struct View4 {
-  void* data;
-  int64_t stride[4];
-};
 
 // y = conv(x, w) + bias; bias may be null, else out_channels contiguous values.
 void conv2d(DType dtype, const Conv2dShape& shape, View4 x, View4 w, const void* bias, View4 y);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "shapes.h"
 #include "simd.h"
 
 namespace pyvit {
@@ -26,8 +27,6 @@ struct ComputeOf<double> {
 };
 template <class S>
 using Compute = typename ComputeOf<S>::type;
-
-enum class DType { f64, f32, bf16, f16 };
 
 // f(S{}) with the storage type that `dtype` names.
 template <class F>

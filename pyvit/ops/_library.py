@@ -1,78 +1,30 @@
-"""The ``pyvit`` op library: what each op file shares in registering and calling its kernels."""
+"""The ``pyvit`` op library: what each op file shares in declaring its ops and their gradients."""
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyvit import _native
-
 # Kept for the life of the process: dropping it would take the schemas away.
-_LIBRARY = torch.library.Library("pyvit", "FRAGMENT")
+LIBRARY = torch.library.Library("pyvit", "FRAGMENT")
+
+
+schemas: list[str] = []
 
 
 def define(schema: str) -> None:
     """Declare ``pyvit::<schema>``, an op that torch.compile may trace."""
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    schemas.append(schema)
 
 
 def fake(name: str):
     """Decorator that registers the shape function of ``pyvit::<name>``."""
-    return torch.library.register_fake(f"pyvit::{name}", lib=_LIBRARY)
-
-
-TRITON_MINIMUM = (3, 6)
-
-# What runs an op on CUDA tensors: a launcher of ``kernels/``, by the op's name.
-triton_launchers: dict[str, Callable] = {}
-
-
-def triton_kernels(module: str, *names: str) -> None:
-    """Let ``kernels/<module>.py`` run ``pyvit::<name>`` for CUDA tensors.
-
-    It is imported at the first call: importing pyvit needs neither Triton nor a GPU.
-    """
-    for name in names:
-        triton_launchers[name] = functools.partial(_launch, module, name)
-        _LIBRARY.impl(name, triton_launchers[name], "CUDA")
-
-
-@functools.cache
-def _launcher(module: str, name: str) -> Callable:
-    return getattr(importlib.import_module(f"pyvit.kernels.{module}"), name)
-
-
-def _launch(module: str, name: str, value: Tensor, *arguments: Any) -> Any:
-    """On the device of the first argument: Triton would take the current one."""
-    launcher = _launcher(module, name)
-    if value.is_cuda and value.device.index != torch.cuda.current_device():
-        with torch.cuda.device(value.device):
-            return launcher(value, *arguments)
-    return launcher(value, *arguments)
-
-
-def runs_on_gpu(value: Tensor) -> bool:
-    """Whether the kernels that take ``value`` are a GPU's."""
-    return value.is_cuda
-
-
-@functools.cache
-def triton_problem() -> str:
-    """Why Triton kernels cannot run here; "" where they can."""
-    wanted = f"pip install 'triton>={TRITON_MINIMUM[0]}.{TRITON_MINIMUM[1]}'"
-    if importlib.util.find_spec("triton") is None:
-        return f"Triton is not installed: {wanted}"
-    version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < TRITON_MINIMUM:
-        return f"Triton {version} is too old: {wanted}"
-    return ""
+    return torch.library.register_fake(f"pyvit::{name}", lib=LIBRARY)
 
 
 def is_channels_last(value: Tensor) -> bool:
@@ -84,31 +36,8 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _device_type(value: Tensor) -> str:
+def device_type(value: Tensor) -> str:
     return "cpu" if value.is_cpu else value.device.type  # a device makes its string anew
-
-
-def require_kernels(op: str, value: Tensor) -> None:
-    """Raise, naming the way out, where no kernel of ours can take ``value``'s device."""
-    device = _device_type(value)
-    if device == "cpu":
-        if _native.loaded_isa is None:
-            raise NotImplementedError(
-                f"pyvit.{op}: the CPU kernels are not available ({_native.load_problem}); "
-                "`python -m pyvit info` says more"
-            )
-    elif device == "cuda" and op in triton_launchers:
-        if triton_problem():
-            raise NotImplementedError(f"pyvit.{op}: no kernel for CUDA tensors; {triton_problem()}")
-        if value.dtype is torch.float64:
-            raise NotImplementedError(
-                f"pyvit.{op}: float64 runs on the CPU alone; move the tensors there with .cpu()"
-            )
-    elif device != "meta":
-        raise NotImplementedError(
-            f"pyvit.{op}: no kernel for device '{device}' is built; move the tensors to the "
-            "CPU with .cpu(); `python -m pyvit info` lists the kernels this installation has"
-        )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -198,7 +127,7 @@ def once_differentiable(op: str):
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast floating tensors as ``F.conv2d`` and SDPA do where autocast is on; else unchanged."""
-    device = _device_type(tensors[0])
+    device = device_type(tensors[0])
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvit.ops import _checks, _library
+from pyvit.ops import _backends, _checks, _library
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups, bool channels_last"
 _library.define(f"conv2d(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor")
@@ -15,7 +15,7 @@ _library.define(
 _library.define(
     f"conv2d_weight_grad(Tensor grad, Tensor x, int[] weight_size, {_GEOMETRY}) -> Tensor"
 )
-_library.triton_kernels("conv2d", "conv2d", "conv2d_input_grad", "conv2d_weight_grad")
+_backends.gpu_kernels("conv2d", "conv2d", "conv2d_input_grad", "conv2d_weight_grad")
 
 
 def _output_extent(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -242,7 +242,7 @@ def conv2d(
         _checks.tensor(op, "bias", bias, ndim=1)
     x, weight, bias = _library.autocast(x, weight, bias)
     _checks.like(op, "weight", weight, "x", x)
-    _library.require_kernels(op, x)
+    _backends.require_kernels(op, x)
     stride = _checks.pair(op, "stride", stride, minimum=1)
     dilation = _checks.pair(op, "dilation", dilation, minimum=1)
     groups = _checks.integer(op, "groups", groups, minimum=1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvit.ops import _checks, _library
+from pyvit.ops import _backends, _checks, _library
 
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("linear_weight_grad(Tensor grad, Tensor x) -> Tensor")
-_library.triton_kernels("linear", "linear", "linear_weight_grad")
+_backends.gpu_kernels("linear", "linear", "linear_weight_grad")
 
 
 @_library.fake("linear")
@@ -126,7 +126,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         _checks.tensor(op, "bias", bias, ndim=1)
     x, weight, bias = _library.autocast(x, weight, bias)
     _checks.like(op, "weight", weight, "x", x)
-    _library.require_kernels(op, x)
+    _backends.require_kernels(op, x)
     outputs, inputs = weight.shape
     if inputs < 1:
         wanted = "of at least one input feature (its second dimension)"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import pyvit.ops.conv2d  # noqa: F401  (overlapping patches use its input gradient)
-from pyvit.ops import _checks, _library
+from pyvit.ops import _backends, _checks, _library
 
 _library.define(
     "patch_embed(Tensor image, Tensor weight, Tensor? bias, Tensor? pos_embed, "
@@ -22,7 +22,7 @@ _library.define(
     "patch_embed_weight_grad(Tensor grad, Tensor image, Tensor? mean, Tensor? std, "
     "int[] weight_size, int[] stride, bool channels_last) -> Tensor"
 )
-_library.triton_kernels(
+_backends.gpu_kernels(
     "patch_embed", "patch_embed", "patch_embed_image_grad", "patch_embed_weight_grad"
 )
 
@@ -276,7 +276,7 @@ def patch_embed(
         _checks.like(op, "image", image, "weight", weight)
     elif image.device != weight.device:
         _checks.fail(ValueError, op, "image", f"on `weight`'s device {weight.device}", image.device)
-    _library.require_kernels(op, weight)
+    _backends.require_kernels(op, weight)
     dim, channels, *kernel = weight.shape
     if min(weight.shape) < 1:
         _checks.fail(ValueError, op, "weight", "without empty dimensions", _checks.shape_of(weight))

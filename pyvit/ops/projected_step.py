@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from pyvit.ops import _checks, _library
+from pyvit.ops import _backends, _checks, _library
 
 _ARGUMENTS = (
     "Tensor x, Tensor grad, Tensor x0, int norm, bool raw, bool targeted, float step_size, "
@@ -19,7 +19,7 @@ _library.define(
     f"projected_step_momentum({_ARGUMENTS}, Tensor momentum, float decay) -> (Tensor, Tensor)"
 )
 
-_library.triton_kernels("projected_step", "projected_step", "projected_step_momentum")
+_backends.gpu_kernels("projected_step", "projected_step", "projected_step_momentum")
 
 NORMS = ("linf", "l2", "l1")
 STEPS = ("sign", "raw")
@@ -210,7 +210,7 @@ def projected_step(
     for name, value in (("step_size", step_size), ("eps", eps)):
         if isinstance(value, Tensor) and value.device != x.device:
             _checks.fail(ValueError, op, name, f"on `x`'s device {x.device}", value.device)
-    _library.require_kernels(op, x)
+    _backends.require_kernels(op, x)
 
     one_step, step_sizes = _scalar_and_tensor(step_size)
     one_eps, eps_of_image = _scalar_and_tensor(eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvit.ops import _checks, _library
+from pyvit.ops import _backends, _checks, _library
 
 _WIDEST_ON_GPU = 256  # head dimension whose tiles fit a GPU's registers and shared memory
 _NEEDS = "bool heads_last, bool needs_q, bool needs_k, bool needs_v"
@@ -30,8 +30,8 @@ _library.define(
     f" Tensor? grad_hoyer, Tensor? selection, float scale, {_NEEDS})"
     " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-_library.triton_kernels("topk_attention", "topk_attention", "attention_with_penalty")
-_library.triton_kernels("attention_backward", "topk_attention_backward", "attention_dense_backward")
+_backends.gpu_kernels("topk_attention", "topk_attention", "attention_with_penalty")
+_backends.gpu_kernels("attention_backward", "topk_attention_backward", "attention_dense_backward")
 
 
 def _empty_rows(like, batch, heads, rows, columns, heads_last):
@@ -51,7 +51,7 @@ def _(q, k, v, topk, scale, save):
     keys, rows = k.shape[2], (batch, heads, queries)
     out = _empty_rows(q, batch, heads, queries, v.shape[3], True)
     chosen = save and topk < keys
-    if _library.runs_on_gpu(q):
+    if _backends.runs_on_gpu(q):
         bits = q.new_empty((*rows, (keys + 7) // 8 if chosen else 0), dtype=torch.uint8)
         return out, bits, q.new_empty((*rows, 2 if save else 0), dtype=torch.float32)
     columns = topk if chosen else 0
@@ -129,7 +129,7 @@ class _Selected(torch.autograd.Function):
         out, selection, weights = torch.ops.pyvit.topk_attention(q, k, v, topk, scale, True)
         ctx.needs = needs_q, needs_k, _ = ctx.needs_input_grad[:3]
         wants_scores = needs_q or needs_k
-        again = _library.runs_on_gpu(q)  # makes the scores again
+        again = _backends.runs_on_gpu(q)  # makes the scores again
         ctx.save_for_backward(
             out if again and wants_scores else None,
             q if needs_k or again else None,
@@ -211,7 +211,7 @@ def _checked(op: str, q, k, v, topk, scale):
     q, k, v = _library.autocast(q, k, v)
     _checks.like(op, "k", k, "q", q)
     _checks.like(op, "v", v, "q", q)
-    _library.require_kernels(op, q)
+    _backends.require_kernels(op, q)
     batch, heads, _, dim = q.shape
     if dim < 1:
         _checks.fail(ValueError, op, "q", "of head dimension at least 1", _checks.shape_of(q))
@@ -300,7 +300,7 @@ def topk_attention(
     _checks.choice(op, "backward", backward, ("selected", "dense"))
     if not _library.needs_grad(q, k, v):
         return torch.ops.pyvit.topk_attention(q, k, v, topk, scale, False)[0]
-    all_kept = topk >= k.shape[2] and not _library.runs_on_gpu(q)  # nothing is saved of that
+    all_kept = topk >= k.shape[2] and not _backends.runs_on_gpu(q)  # nothing is saved of that
     if backward == "dense" or all_kept:
         return _Dense.apply(q, k, v, topk, scale)
     return _Selected.apply(q, k, v, topk, scale)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvit.ops import _checks, _library
+from pyvit.ops import _backends, _checks, _library
 
 _GEOMETRY = "int[] kernel_size, int[] dilation, int[] padding, int[] stride"
 _library.define(f"unfold(Tensor x, {_GEOMETRY}) -> Tensor")
 _library.define(f"fold(Tensor cols, int[] output_size, {_GEOMETRY}) -> Tensor")
-_library.triton_kernels("unfold", "unfold", "fold")
+_backends.gpu_kernels("unfold", "unfold", "fold")
 
 # A geometry is (kernel_size, dilation, padding, stride), each (vertical, horizontal).
 
@@ -133,7 +133,7 @@ def unfold(
     """
     op = "unfold"
     _checks.tensor(op, "x", x, ndim=(3, 4))
-    _library.require_kernels(op, x)
+    _backends.require_kernels(op, x)
     geometry = _check_geometry(op, kernel_size, dilation, padding, stride)
     if x.shape[-3] < 1:
         _checks.fail(ValueError, op, "x", "an image of at least 1 channel", _checks.shape_of(x))
@@ -186,7 +186,7 @@ def fold(
     """
     op = "fold"
     _checks.tensor(op, "cols", cols, ndim=(2, 3))
-    _library.require_kernels(op, cols)
+    _backends.require_kernels(op, cols)
     output_size = _checks.pair(op, "output_size", output_size, minimum=1)
     geometry = _check_geometry(op, kernel_size, dilation, padding, stride)
     _check_span(op, "output_size", output_size, geometry)

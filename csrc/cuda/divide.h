@@ -1,0 +1,28 @@
+// Division by a number that the host knows: a multiplication and a shift instead of some thirty
+// instructions. For 0 <= n < 2^31.
+#pragma once
+
+#include "cuda/hardware.h"
+
+namespace pyvit::cuda {
+
+struct Divisor {
+  uint32_t by, factor, shift;
+
+  Divisor() = default;
+  explicit Divisor(int64_t divisor) : by(static_cast<uint32_t>(divisor)), shift(0) {
+    while ((uint64_t{1} << shift) < by) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by)) / by + 1);
+  }
+  __device__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, factor) + n) >> shift; }
+};
+
+// n = quotient · divisor + rest
+struct Quotient {
+  int quotient, rest;
+  __device__ Quotient(int n, const Divisor& divisor)
+      : quotient(static_cast<int>(divisor.quotient(static_cast<uint32_t>(n)))),
+        rest(n - quotient * static_cast<int>(divisor.by)) {}
+};
+
+}  // namespace pyvit::cuda

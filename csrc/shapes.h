@@ -1,0 +1,36 @@
+// What calls say of their tensors, to kernels of the CPU and of a GPU alike. No torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace pyvit {
+
+enum class DType { f64, f32, bf16, f16 };
+
+// A tensor of four dimensions with its strides in elements: batch, channel, row, column for an
+// image; out channel, in channel, row, column for a weight.
+struct View4 {
+  void* data;
+  int64_t stride[4];
+};
+
+// The column matrix [batch, channels · kernel, patches]; strides in elements.
+struct ColumnView {
+  const void* data;
+  int64_t stride[3];
+};
+
+struct UnfoldShape {
+  int64_t batch, channels, height, width;
+  int64_t grid[2];  // rows and columns of patches
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+struct Conv2dShape {
+  int64_t batch, in_channels, height, width;
+  int64_t out_channels, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];  // padding: above and left
+  int64_t groups;
+};
+
+}  // namespace pyvit
