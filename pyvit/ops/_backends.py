@@ -29,8 +29,10 @@ TRITON_MINIMUM = (3, 6)
 # then it is Triton everywhere, whose kernels any installation has.
 AUTOMATIC: dict[str, str] = {}
 
-# The file of kernels/ that has an op's launcher, for each op that runs on CUDA tensors.
+# The file of kernels/ that has an op's launcher, for each op that runs on CUDA tensors; and torch's
+# switch for TF32 that its float32 products obey, where it has any.
 triton_modules: dict[str, str] = {}
+_tf32_switches: dict[str, Any] = {}
 
 
 def _checked(name: str, what: str) -> str:
@@ -86,13 +88,17 @@ class backend:
 # ---- Triton -------------------------------------------------------------------------------------
 
 
-def gpu_kernels(module: str, *names: str) -> None:
+def gpu_kernels(module: str, *names: str, tf32: Any = None) -> None:
     """Let ``kernels/<module>.py``, or CUDA C++, run ``pyvit::<name>`` for CUDA tensors.
 
     Triton's module is imported at the first call: importing pyvit needs neither Triton nor a GPU.
+    ``tf32`` is what has the switch that float32 products obey: ``torch.backends.cudnn`` for
+    convolutions, ``torch.backends.cuda.matmul`` for others.
     """
     for name in names:
         triton_modules[name] = module
+        if tf32 is not None:
+            _tf32_switches[name] = tf32
         _library.LIBRARY.impl(name, functools.partial(_launch, name), "CUDA")
 
 
@@ -115,10 +121,15 @@ _loaded: list[torch.library.Library] = []
 
 
 def load_cuda(path: Path) -> None:
-    """Register the ops of a library built from ``csrc/cuda``, as ``pyvit_cuda::<name>``."""
+    """Register the ops of a library built from ``csrc/cuda``, as ``pyvit_cuda::<name>``.
+
+    The schemas are those of pyvit's ops, and say last whether TF32 is allowed, where it matters.
+    """
     if not _loaded:
         library = torch.library.Library("pyvit_cuda", "FRAGMENT")
         for schema in _library.schemas:
+            if schema.partition("(")[0] in _tf32_switches:
+                schema = schema.replace(") ->", ", bool allow_tf32) ->", 1)
             library.define(schema)
         _loaded.append(library)
     torch.ops.load_library(str(path))
@@ -178,7 +189,9 @@ def launcher(name: str, kind: str) -> Callable:
     """What runs ``pyvit::<name>``: Triton's (``kernels/``) or CUDA C++'s."""
     if kind == "triton":
         return getattr(importlib.import_module(f"pyvit.kernels.{triton_modules[name]}"), name)
-    return getattr(torch.ops.pyvit_cuda, name).default
+    op = getattr(torch.ops.pyvit_cuda, name).default
+    switch = _tf32_switches.get(name)
+    return op if switch is None else lambda *arguments: op(*arguments, switch.allow_tf32)
 
 
 def _launch(name: str, value: Tensor, *arguments: Any) -> Any:

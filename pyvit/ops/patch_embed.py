@@ -23,7 +23,11 @@ _library.define(
     "int[] weight_size, int[] stride, bool channels_last) -> Tensor"
 )
 _backends.gpu_kernels(
-    "patch_embed", "patch_embed", "patch_embed_image_grad", "patch_embed_weight_grad"
+    "patch_embed",
+    "patch_embed",
+    "patch_embed_image_grad",
+    "patch_embed_weight_grad",
+    tf32=torch.backends.cudnn,
 )
 
 

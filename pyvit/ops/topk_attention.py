@@ -30,8 +30,15 @@ _library.define(
     f" Tensor? grad_hoyer, Tensor? selection, float scale, {_NEEDS})"
     " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-_backends.gpu_kernels("topk_attention", "topk_attention", "attention_with_penalty")
-_backends.gpu_kernels("attention_backward", "topk_attention_backward", "attention_dense_backward")
+_backends.gpu_kernels(
+    "topk_attention", "topk_attention", "attention_with_penalty", tf32=torch.backends.cuda.matmul
+)
+_backends.gpu_kernels(
+    "attention_backward",
+    "topk_attention_backward",
+    "attention_dense_backward",
+    tf32=torch.backends.cuda.matmul,
+)
 
 
 def _empty_rows(like, batch, heads, rows, columns, heads_last):
