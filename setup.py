@@ -5,10 +5,13 @@ Three kinds of files come out of csrc/:
 * ``pyvit/_cpu_<isa>.so``: the CPU kernels and their registration with torch, compiled once per
   instruction set against LibTorch's stable ABI, so that one build runs on torch 2.11 and later.
   ``pyvit/_native.py`` loads the best one that the machine can run.
+* ``pyvit/_cuda.so``: the CUDA C++ kernels, where torch has CUDA and nvcc is found.
 * ``pyvit/_C``: a pybind11 module without torch: build information and CPU features.
 
 Environment: ``CXX`` names the compiler, ``MAX_JOBS`` limits parallel compilations,
-``PYVIT_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+``PYVIT_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer. ``FORCE_CUDA=1``
+builds the CUDA kernels whatever torch has, ``FORCE_CUDA=0`` never; ``CUDA_HOME`` is where nvcc is;
+``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for ("8.0;9.0a"), else the present one's alone.
 """
 
 from __future__ import annotations
@@ -39,6 +42,10 @@ INSTRUCTION_SETS = {
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 BUILT_SETS = list(INSTRUCTION_SETS) if IS_X86 else ["baseline"]
+
+
+# GPUs to build for where none is present and none is named.
+CUDA_ARCHITECTURES = ["8.0", "9.0a"]
 
 
 def stop(problem: str, remedy: str) -> None:
@@ -100,12 +107,63 @@ def ninja_program() -> str:
         return program
 
 
+def find_cuda_home() -> Path | None:
+    """The folder that has bin/nvcc."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc")
+    candidates = [Path(named)] if named else []
+    candidates += [Path(on_path).resolve().parents[1]] if on_path else []
+    candidates += [Path("/usr/local/cuda")]
+    return next((folder for folder in candidates if (folder / "bin/nvcc").exists()), None)
+
+
+def cuda_home() -> Path | None:
+    """Where CUDA is, if its kernels are to be built."""
+    forced = os.environ.get("FORCE_CUDA")
+    if forced == "0":
+        return None
+    home = find_cuda_home()
+    if forced == "1" and home is None:
+        stop(
+            "FORCE_CUDA=1 asks for the CUDA kernels, and nvcc was not found",
+            "set CUDA_HOME to the folder that has bin/nvcc, or put nvcc on the path",
+        )
+    return home if forced == "1" or find_torch().version.cuda is not None else None
+
+
+def cuda_architectures() -> list[str]:
+    """As "8.0" or "9.0a", from TORCH_CUDA_ARCH_LIST or the GPU that is here."""
+    if named := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return named.replace(";", " ").split()
+    torch = find_torch()
+    if not torch.cuda.is_available():
+        return CUDA_ARCHITECTURES
+    major, minor = torch.cuda.get_device_capability()
+    return [f"{major}.{minor}{'a' if major == 9 else ''}"]
+
+
+def code_flags(architectures: list[str]) -> list[str]:
+    """nvcc's options for machine code; "+PTX" adds what later GPUs can compile."""
+    flags = []
+    for architecture in architectures:
+        version = architecture.removesuffix("+PTX").replace(".", "")
+        if not version.rstrip("a").isdigit():
+            stop(
+                f"TORCH_CUDA_ARCH_LIST has {architecture!r}, which is no compute capability",
+                'write for example TORCH_CUDA_ARCH_LIST="8.0;9.0a"',
+            )
+        flags.append(f"-gencode=arch=compute_{version},code=sm_{version}")
+        if architecture.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{version},code=compute_{version}")
+    return flags
+
+
 class NinjaBuild(build_ext):
     """Writes one build.ninja for all libraries and runs it: parallel, and incremental."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # Kernel libraries are no Python modules: torch loads them, for any Python version.
-        if fullname.split(".")[-1].startswith("_cpu_"):
+        if fullname.split(".")[-1].startswith(("_cpu_", "_cuda")):
             return fullname.replace(".", os.sep) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -153,18 +211,40 @@ class NinjaBuild(build_ext):
             f'-DPYVIT_TORCH_VERSION=\\"{self.torch.__version__}\\"',
             f"-DPYVIT_SANITIZED={int(sanitize())}",
         ]
+        torch_link = f"-L{torch_root / 'lib'} -ltorch_cpu"
         return [
+            *self.cuda_rules(torch_link),
             f"cxx = {self.cxx}",
             f"flags = {' '.join(flags)}",
             f"torch_flags = {' '.join(torch_flags)}",
             f"python_flags = {' '.join(python_flags)}",
-            f"torch_link = -L{torch_root / 'lib'} -ltorch_cpu",
+            f"torch_link = {torch_link}",
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
             f"  command = $cxx -shared {' '.join(link)} $in -o $out $extra",
+        ]
+
+    def cuda_rules(self, torch_link: str) -> list[str]:
+        home = CUDA_HOME
+        if home is None:
+            return []
+        # As on the CPU, products and sums fuse where fmaf says so; hidden symbols, as there.
+        flags = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo", f"-ccbin {self.cxx}"]
+        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+        flags += code_flags(cuda_architectures())
+        folders = [home / "lib64", home / "lib", home / "targets/x86_64-linux/lib"]
+        link = [torch_link, *(f"-L{folder}" for folder in folders if folder.exists())]
+        if self.torch.version.cuda is not None:
+            link.append("-ltorch_cuda")
+        return [
+            "rule nvcc",
+            f"  command = {home / 'bin/nvcc'} -MD -MF $out.d {' '.join(flags)} -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"cuda_link = {' '.join(link)} -lcudart_static -ldl -lrt -lpthread",
         ]
 
     def edges(self, extension: Extension) -> list[str]:
@@ -174,9 +254,13 @@ class NinjaBuild(build_ext):
         lines, objects = [], []
         for source in map(Path, extension.sources):
             for_isa = isa is not None and source.parent.name == "cpu"
-            folder = isa if for_isa else "common"
-            compiled = self.build_directory / folder / source.with_suffix(".o").name
-            if isa is None:
+            folder = isa if for_isa else "cuda" if source.parent.name == "cuda" else "common"
+            compiled = self.build_directory / folder / f"{source.name}.o"
+            if source.suffix == ".cu":
+                objects.append(str(compiled))
+                lines += [f"build {compiled}: nvcc {ROOT / source}"]
+                continue
+            if extension.name == "pyvit._C":
                 extra = "$python_flags"
             else:
                 extra = "$torch_flags " + (" ".join(INSTRUCTION_SETS[isa]) if for_isa else "")
@@ -185,7 +269,8 @@ class NinjaBuild(build_ext):
                 self.declared.add(compiled)
                 lines += [f"build {compiled}: compile {ROOT / source}", f"  extra = {extra}"]
         lines += [f"build {target}: link {' '.join(objects)}"]
-        lines += [f"  extra = {'$torch_link' if isa else ''}"]
+        link = "$torch_link" if isa else "$cuda_link" if extension.name == "pyvit._cuda" else ""
+        lines += [f"  extra = {link}"]
         return lines
 
     def initialize_options(self) -> None:
@@ -197,17 +282,20 @@ def sanitize() -> bool:
     return os.environ.get("PYVIT_SANITIZE") == "1"
 
 
-def sources(folder: str, *, without: tuple[str, ...] = ()) -> list[str]:
-    found = sorted((ROOT / "csrc" / folder).glob("*.cpp"))
+def sources(folder: str, *, pattern: str = "*.cpp", without: tuple[str, ...] = ()) -> list[str]:
+    found = sorted((ROOT / "csrc" / folder).glob(pattern))
     return [str(f.relative_to(ROOT)) for f in found if f.name not in without]
 
 
 python_module = "python_module.cpp"
+CUDA_HOME = cuda_home()
+cuda_sources = sources("cuda", pattern="*.cu") + sources("bindings/cuda")
 kernel_sources = sources("cpu") + sources("bindings", without=(python_module,))
 setup(
     ext_modules=[
         Extension("pyvit._C", [f"csrc/bindings/{python_module}"]),
         *(Extension(f"pyvit._cpu_{isa}", kernel_sources) for isa in BUILT_SETS),
+        *([Extension("pyvit._cuda", cuda_sources)] if CUDA_HOME else []),
     ],
     cmdclass={"build_ext": NinjaBuild},
 )
