@@ -24,9 +24,10 @@ READY_FOR_GPU := import pytest, torch, triton; \
 	raise SystemExit(None if torch.cuda.is_available() else "torch finds no GPU on this machine")
 OPS := unfold conv2d linear patch_embed topk_attention attention_with_penalty projected_step
 SANITIZED := build/sanitize/lib
+NVCC_PACKAGES := $(foreach part,cuda-nvcc cuda-crt cuda-cccl cuda-runtime nvvm,'nvidia-$(part)==13.0.*')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench scaling lint asan aot wheel gpu clean
+.PHONY: help demo test bench scaling lint asan aot nvcc wheel gpu clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -67,6 +68,12 @@ aot: $(VENV)/.dev ## the Triton kernels compiled for sm_80 and sm_90, no GPU nee
 	    $(PIP) install --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=$(if $(TRITON),build/triton-$(TRITON):)$${PYTHONPATH-} \
 	    $(BIN)/python benchmarks/aot.py --json build/aot.json $(ARGS)
+
+# The compiler alone, from the package index: it needs no GPU and no driver.
+nvcc: $(VENV)/.dev ## the CUDA kernels compiled for sm_80 and sm_90a, no GPU needed
+	@[ -n "$$CUDA_HOME" ] || command -v nvcc >/dev/null || [ -d build/nvcc ] || \
+	    $(PIP) install --no-deps --target build/nvcc $(NVCC_PACKAGES)
+	$(BIN)/python benchmarks/nvcc.py --json build/nvcc.json $(ARGS)
 
 wheel: $(VENV)/.torch ## a wheel in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
