@@ -21,7 +21,9 @@ GOOD = "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }"
 SPILLING = """
 template <int N> __global__ void __launch_bounds__(1024) crowded(float* x) {
   float kept[N];
+#pragma unroll
   for (int i = 0; i < N; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+#pragma unroll
   for (int i = 0; i < N; ++i) x[i * 1024 + threadIdx.x] = kept[N - 1 - i] * kept[i];
 }
 template __global__ void crowded<96>(float*);
