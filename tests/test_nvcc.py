@@ -19,14 +19,18 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: `make nvcc` fetch
 
 GOOD = "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }"
 SPILLING = """
-template <int N> __global__ void __launch_bounds__(1024) crowded(float* x) {
+template <int N> __global__ void __launch_bounds__(1024) crowded(float* x, int rounds) {
   float kept[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+  for (int round = 0; round < rounds; ++round) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) x[i * 1024 + threadIdx.x] = kept[N - 1 - i] * kept[i];
+    for (int i = 0; i < N; ++i) kept[i] += kept[(i + 1) % N] * x[round];
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i * 1024 + threadIdx.x] = kept[i];
 }
-template __global__ void crowded<96>(float*);
+template __global__ void crowded<96>(float*, int);
 """
 
 
