@@ -171,10 +171,23 @@ inline void check(const char* name, cudaError_t status) {
   }
 }
 
+// The most shared memory that a block may have on the present GPU: 163 KB on sm_80, 227 on sm_90.
+inline size_t most_shared_memory() {
+  int device = 0, bytes = 0;
+  check("device", cudaGetDevice(&device));
+  check("device",
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return static_cast<size_t>(bytes);
+}
+
 template <class... P>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
             size_t shared_bytes, void* stream, P... arguments) {
   if (blocks == 0) return;
+  if (blocks > INT32_MAX) {
+    throw std::runtime_error(std::string("pyvit.") + name + ": a grid of " +
+                             std::to_string(blocks) + " blocks, more than a launch can have");
+  }
   if (shared_bytes > 48 * 1024) {
     check(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                      cudaFuncAttributeMaxDynamicSharedMemorySize,

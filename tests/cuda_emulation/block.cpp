@@ -223,6 +223,10 @@ void run_grid(const char* name, Index3 grid, unsigned threads, size_t shared_byt
     throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads) +
                              " threads");
   }
+  if (shared_bytes > kMostSharedMemory) {
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(shared_bytes) +
+                             " bytes of shared memory");
+  }
   auto& block = of_size[threads];
   if (!block) block = std::make_unique<Block>(static_cast<int>(threads));
   try {

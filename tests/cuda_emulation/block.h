@@ -19,6 +19,7 @@ namespace emulation {
 
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;
+constexpr size_t kMostSharedMemory = 163 * 1024;  // as sm_80, the smaller one
 
 // Which thread goes first: the lowest, the highest, or any (by a permutation of `seed`). Blocks
 // run one after another in the same manner. Where `late`, what is copied asynchronously arrives

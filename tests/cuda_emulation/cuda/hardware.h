@@ -174,6 +174,8 @@ inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], const uint3
 
 // ---- launches
 
+inline size_t most_shared_memory() { return emulation::kMostSharedMemory; }
+
 template <class... P>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
             size_t shared_bytes, void* /*stream*/, P... arguments) {
