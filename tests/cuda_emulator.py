@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import fcntl
 import functools
 import os
 import shutil
@@ -66,9 +67,11 @@ def build(folder: Path, sanitized: bool) -> Path:
     for source, compiled in zip(sources, objects, strict=True):
         lines.append(f"build {compiled}: compile {source}")
     lines.append(f"build {library}: link {' '.join(map(str, objects))}")
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
-    made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, others find it built
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if made.returncode != 0:
         raise RuntimeError(f"the CUDA kernels do not compile for the host:\n{made.stdout}")
     return library
