@@ -23,6 +23,7 @@ Ours and the peers run in turns in one process, and a ratio is the median over r
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
@@ -37,6 +38,10 @@ from accuracy import max_error, one_ulp  # tests/accuracy.py: one error bar for 
 from timing import Clock, clock
 from torch import Tensor
 
+import pyvit
+from pyvit.ops import _backends
+
+GPU_BACKENDS = ("triton", "cuda")
 OURS = "ours"
 
 
@@ -173,6 +178,8 @@ def measure(case: Case, row: Row, options: Options) -> Result:
     dtype = str(row.dtype).removeprefix("torch.")
     result = Result(case.op, case.group, case.name, row.flops, row.bytes, dtype=dtype)
     callables = {OURS: row.ours, **row.peers}
+    if options.device == "cuda" and case.op != "attacks":  # their graphs keep the kernels they have
+        callables |= each_backend(row.ours)
     with torch.device(options.device):
         result.wrong = row.check({name: call() for name, call in callables.items()})
     if OURS in result.wrong or not options.timed:
@@ -192,6 +199,18 @@ def measure(case: Case, row: Row, options: Options) -> Result:
             low, _, high = statistics.quantiles(ratios, n=4)
             result.spread[name] = (low, high)
     return result
+
+
+def each_backend(ours: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """Ours by Triton's and by CUDA C++'s kernels, where both can run."""
+
+    def with_kernels(name: str) -> Any:
+        with pyvit.backend(name):
+            return ours()
+
+    if _backends.triton_problem() or _backends.cuda_problem():
+        return {}
+    return {f"our {name} kernels": functools.partial(with_kernels, name) for name in GPU_BACKENDS}
 
 
 def _in_turns(

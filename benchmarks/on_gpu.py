@@ -184,8 +184,8 @@ def test_selections(plan: Plan) -> tuple[list[str], list[str]]:
         return ["test_info.py"], ["test_unfold.py", "-m", "accuracy", "-k", "float16"]
     others = ["--ignore", "test_gpu.py", "--ignore", "test_gpu_rows.py"]
     return (
-        [".", "-k", "triton or gpu", *others],
-        [".", "-m", "accuracy", "-k", "not triton", *others],
+        [".", "-k", "triton or cuda or gpu", *others],
+        [".", "-m", "accuracy", "-k", "not triton and not cuda", *others],
     )
 
 

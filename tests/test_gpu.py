@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from backends import HAS_GPU
+from backends import BACKENDS, HAS_GPU
 from gpu_calls import CALLS
 
 import pyvit
+from pyvit.ops import _backends
 
 DEVICE = "cuda"
 REPEATS = 200
@@ -20,10 +21,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 pytestmark = pytest.mark.skipif(not HAS_GPU, reason="torch finds no GPU")
 
 
-@pytest.fixture(autouse=True)
-def on_gpu():
-    with torch.device(DEVICE):
-        yield
+@pytest.fixture(autouse=True, params=[name for name in BACKENDS if name != "cpu"])
+def on_gpu(request):
+    """Every test once with Triton's kernels and once with CUDA C++'s, where they are built."""
+    with torch.device(DEVICE), pyvit.backend(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -57,8 +59,33 @@ def assert_accurate(call) -> None:
 @pytest.mark.parametrize("warps", [4, 8], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CALLS)
-def test_as_accurate_at_every_number_of_warps(name, dtype, warps):
+def test_as_accurate_at_every_number_of_warps(name, dtype, warps, on_gpu):
+    if on_gpu == "cuda":
+        pytest.skip("CUDA C++ kernels have their own numbers: test_as_accurate_as_torch")
     assert_accurate(CALLS[name](dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_as_accurate_as_torch(name, dtype):
+    assert_accurate(CALLS[name](dtype))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_gradient_by_the_other_kernels(name, on_gpu):
+    """What one kind saves for the backward pass, the other kind reads."""
+    call = CALLS[name](torch.float32)
+    if _backends.cuda_problem() or not call.differentiable:
+        pytest.skip("there is one kind of kernels, or no gradient")
+
+    def forward(*tensors):
+        with pyvit.backend(on_gpu):
+            return call.ours(*tensors)
+
+    with pyvit.backend("triton" if on_gpu == "cuda" else "cuda"):
+        mixed = call.results(forward)
+    for other, own in zip(mixed, call.results(), strict=True):
+        torch.testing.assert_close(other, own)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

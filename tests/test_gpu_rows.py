@@ -67,6 +67,19 @@ def test_rows_of_small_batches_agree(op):
         assert result.dtype in ("float32", "bfloat16")
 
 
+def test_both_kinds_of_kernels_are_measured_where_both_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(harness._backends, "triton_problem", lambda: "")
+    monkeypatch.setattr(harness._backends, "cuda_problem", lambda: "")
+    peers = harness.each_backend(lambda: asked.append(harness._backends._asked))
+    assert list(peers) == ["our triton kernels", "our cuda kernels"]
+    for call in peers.values():
+        call()
+    assert asked == ["triton", "cuda"]
+    monkeypatch.setattr(harness._backends, "cuda_problem", lambda: "not built")
+    assert harness.each_backend(lambda: None) == {}
+
+
 def test_a_row_that_raises_is_wrong_and_the_next_one_runs():
     def fails():
         raise RuntimeError("no kernel\nand more")

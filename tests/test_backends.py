@@ -1,0 +1,68 @@
+"""The two kinds of GPU kernels where there is no GPU: together, and in every order of threads."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from backends import CAN_EMULATE, HAS_GPU, HAS_TRITON
+from gpu_calls import CALLS
+
+from pyvit.ops import _backends
+
+if CAN_EMULATE and not HAS_GPU:
+    from cuda_emulator import Order, emulated, load, schedule
+
+    load()
+    SCHEDULES = [
+        *itertools.product([Order.FORWARD, Order.BACKWARD], [0], [False, True]),
+        (Order.SHUFFLED, 1, False),
+        (Order.SHUFFLED, 2, True),
+    ]
+else:
+    SCHEDULES = []
+
+pytestmark = pytest.mark.skipif(not SCHEDULES, reason="CUDA is emulated where there is no GPU")
+
+
+def same(results, others) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_the_order_of_threads_does_not_matter(name, dtype):
+    """A missing barrier would show: which thread is ahead, and when copies arrive, differs."""
+    with emulated():
+        torch.manual_seed(0)
+        call = CALLS[name](dtype)
+        results = []
+        for order, seed, late in SCHEDULES:
+            with schedule(order, seed, late):
+                results.append(call.results())
+    assert not any(result.isnan().any() for result in results[0])
+    for chosen, result in zip(SCHEDULES, results, strict=True):
+        assert same(result, results[0]), f"differs with {chosen}"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("forward", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["topk_attention", "attention_with_penalty"])
+def test_a_gradient_by_the_other_kernels(name, forward):
+    """What one kind saves for the backward pass, the other kind reads."""
+    if not _backends.has_cuda_op("topk_attention_backward", "CPU"):
+        pytest.skip("there is no CUDA C++ kernel for attention")
+    from triton_interpreter import interpreted
+
+    call = CALLS[name](torch.float32)
+    first, second = (interpreted, emulated) if forward == "triton" else (emulated, interpreted)
+
+    def by_the_first(*tensors):
+        with first():
+            return call.ours(*tensors)
+
+    with second():
+        mixed, own = call.results(by_the_first), call.results()
+    for other, result in zip(mixed, own, strict=True):
+        torch.testing.assert_close(other, result)
