@@ -2,8 +2,8 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python sanitize_gpu.py
 
-``make gpu`` runs it. Without torch's cache each tensor is an allocation of its own, and what lies past its end is
-nobody's.
+``make gpu`` runs it. Without torch's cache each tensor is an allocation of its own, and what lies
+past its end is nobody's.
 """
 
 from __future__ import annotations
