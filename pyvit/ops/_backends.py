@@ -92,7 +92,7 @@ def gpu_kernels(module: str, *names: str, tf32: Any = None) -> None:
     """Let ``kernels/<module>.py``, or CUDA C++, run ``pyvit::<name>`` for CUDA tensors.
 
     Triton's module is imported at the first call: importing pyvit needs neither Triton nor a GPU.
-    ``tf32`` is what has the switch that float32 products obey: ``torch.backends.cudnn`` for
+    ``tf32`` is what has the switch that float32 products obey: ``torch.backends.cudnn.conv`` for
     convolutions, ``torch.backends.cuda.matmul`` for others.
     """
     for name in names:
@@ -191,7 +191,10 @@ def launcher(name: str, kind: str) -> Callable:
         return getattr(importlib.import_module(f"pyvit.kernels.{triton_modules[name]}"), name)
     op = getattr(torch.ops.pyvit_cuda, name).default
     switch = _tf32_switches.get(name)
-    return op if switch is None else lambda *arguments: op(*arguments, switch.allow_tf32)
+    if switch is None:
+        return op
+    # Not allow_tf32: reading that raises where fp32_precision, which came in its place, was set.
+    return lambda *arguments: op(*arguments, switch.fp32_precision == "tf32")
 
 
 def _launch(name: str, value: Tensor, *arguments: Any) -> Any:

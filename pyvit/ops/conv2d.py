@@ -16,7 +16,7 @@ _library.define(
     f"conv2d_weight_grad(Tensor grad, Tensor x, int[] weight_size, {_GEOMETRY}) -> Tensor"
 )
 _backends.gpu_kernels(
-    "conv2d", "conv2d", "conv2d_input_grad", "conv2d_weight_grad", tf32=torch.backends.cudnn
+    "conv2d", "conv2d", "conv2d_input_grad", "conv2d_weight_grad", tf32=torch.backends.cudnn.conv
 )
 
 
