@@ -32,7 +32,7 @@ AUTOMATIC: dict[str, str] = {}
 # The file of kernels/ that has an op's launcher, for each op that runs on CUDA tensors; and torch's
 # switch for TF32 that its float32 products obey, where it has any.
 triton_modules: dict[str, str] = {}
-_tf32_switches: dict[str, Any] = {}
+_tf32_switches: dict[str, str] = {}
 
 
 def _checked(name: str, what: str) -> str:
@@ -88,16 +88,15 @@ class backend:
 # ---- Triton -------------------------------------------------------------------------------------
 
 
-def gpu_kernels(module: str, *names: str, tf32: Any = None) -> None:
+def gpu_kernels(module: str, *names: str, tf32: str = "") -> None:
     """Let ``kernels/<module>.py``, or CUDA C++, run ``pyvit::<name>`` for CUDA tensors.
 
     Triton's module is imported at the first call: importing pyvit needs neither Triton nor a GPU.
-    ``tf32`` is what has the switch that float32 products obey: ``torch.backends.cudnn.conv`` for
-    convolutions, ``torch.backends.cuda.matmul`` for others.
+    ``tf32`` names torch's switch that their float32 products obey: "conv" or "matmul".
     """
     for name in names:
         triton_modules[name] = module
-        if tf32 is not None:
+        if tf32:
             _tf32_switches[name] = tf32
         _library.LIBRARY.impl(name, functools.partial(_launch, name), "CUDA")
 
@@ -190,9 +189,10 @@ def launcher(name: str, kind: str) -> Callable:
     if kind == "triton":
         return getattr(importlib.import_module(f"pyvit.kernels.{triton_modules[name]}"), name)
     op = getattr(torch.ops.pyvit_cuda, name).default
-    switch = _tf32_switches.get(name)
-    if switch is None:
+    if name not in _tf32_switches:
         return op
+    is_conv = _tf32_switches[name] == "conv"
+    switch: Any = torch.backends.cudnn.conv if is_conv else torch.backends.cuda.matmul  # type: ignore[attr-defined]
     # Not allow_tf32: reading that raises where fp32_precision, which came in its place, was set.
     return lambda *arguments: op(*arguments, switch.fp32_precision == "tf32")
 

@@ -15,9 +15,7 @@ _library.define(
 _library.define(
     f"conv2d_weight_grad(Tensor grad, Tensor x, int[] weight_size, {_GEOMETRY}) -> Tensor"
 )
-_backends.gpu_kernels(
-    "conv2d", "conv2d", "conv2d_input_grad", "conv2d_weight_grad", tf32=torch.backends.cudnn.conv
-)
+_backends.gpu_kernels("conv2d", "conv2d", "conv2d_input_grad", "conv2d_weight_grad", tf32="conv")
 
 
 def _output_extent(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

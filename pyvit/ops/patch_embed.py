@@ -27,7 +27,7 @@ _backends.gpu_kernels(
     "patch_embed",
     "patch_embed_image_grad",
     "patch_embed_weight_grad",
-    tf32=torch.backends.cudnn.conv,
+    tf32="conv",
 )
 
 

@@ -30,14 +30,12 @@ _library.define(
     f" Tensor? grad_hoyer, Tensor? selection, float scale, {_NEEDS})"
     " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-_backends.gpu_kernels(
-    "topk_attention", "topk_attention", "attention_with_penalty", tf32=torch.backends.cuda.matmul
-)
+_backends.gpu_kernels("topk_attention", "topk_attention", "attention_with_penalty", tf32="matmul")
 _backends.gpu_kernels(
     "attention_backward",
     "topk_attention_backward",
     "attention_dense_backward",
-    tf32=torch.backends.cuda.matmul,
+    tf32="matmul",
 )
 
 
