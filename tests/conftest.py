@@ -111,12 +111,15 @@ def _has_cuda_source(test):
     return any(test.startswith(f"test_{source.stem}") for source in CUDA_SOURCES)
 
 
+# The marker with the parameters that a backend without a GPU is quick enough for.
+_QUICK_ENOUGH = {INTERPRETED: "interpreted", EMULATED: "emulated"}
+
+
 def _is_too_slow(item):
     parameters = _parameters(item)
-    if parameters.get("backend") != INTERPRETED:
-        return False
-    return any(
+    marked = _QUICK_ENOUGH.get(parameters.get("backend"))
+    return marked is not None and any(
         parameters[name] not in wanted
-        for marker in item.iter_markers("interpreted")
+        for marker in item.iter_markers(marked)
         for name, wanted in marker.kwargs.items()
     )

@@ -26,6 +26,8 @@ EMULATION = ROOT / "tests/cuda_emulation"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 # Products and sums fuse nowhere but in fmaf, as nvcc is told in setup.py.
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+if " fma " in Path("/proc/cpuinfo").read_text():
+    FLAGS.append("-mfma")  # fmaf by itself: else it is a call
 INCLUDES = [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]  # in this order: see cuda/hardware.h
 
 
@@ -105,8 +107,13 @@ def any_schedule(name: str) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
-    """While it lasts, ``pyvit::`` ops on CPU tensors run the kernels of ``csrc/cuda``."""
+    """While it lasts, ``pyvit::`` ops on CPU tensors run the kernels of ``csrc/cuda``.
+
+    TF32 is not allowed then: results are compared with the CPU's.
+    """
     load()
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    precision, conv.fp32_precision = conv.fp32_precision, "ieee"
     runs_on_gpu, _backends.runs_on_gpu = _backends.runs_on_gpu, lambda value: True
     library = torch.library.Library("pyvit", "IMPL")
     with warnings.catch_warnings():
@@ -119,3 +126,4 @@ def emulated() -> Iterator[None]:
     finally:
         library._destroy()
         _backends.runs_on_gpu = runs_on_gpu
+        conv.fp32_precision = precision

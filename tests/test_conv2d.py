@@ -69,6 +69,7 @@ def with_gradients(function, arguments, geometry, grad):
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.interpreted(shape=INTERPRETED_SHAPES, dtype=[torch.float32, torch.bfloat16])
+@pytest.mark.emulated(shape=[shape for shape in SHAPES if shape != "large-image"])
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

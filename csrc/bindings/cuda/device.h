@@ -27,4 +27,17 @@ inline void* stream_of(const Tensor& tensor) {
   return stream;
 }
 
+// Memory that a launch needs for itself, on the tensor's device; null where it needs none. torch
+// gives it to nobody else before what was launched on the stream has run.
+class Scratch {
+ public:
+  Scratch(const Tensor& like, int64_t bytes) {
+    if (bytes > 0) memory_ = empty_of(like, {bytes}, ScalarType::Byte);
+  }
+  void* data() const { return memory_ ? memory_->mutable_data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> memory_;
+};
+
 }  // namespace pyvit

@@ -1,0 +1,8 @@
+#include "cuda/conv2d_product.cuh"
+
+namespace pyvit::cuda {
+
+template void sum_over_taps<Halves<bfloat16>>(const TapSums&, void*);
+template void sum_over_pixels<Halves<bfloat16>>(const PixelSums&, void*);
+
+}  // namespace pyvit::cuda
