@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from projected_step_checks import DTYPES, NORMS, sizes, tensors
+from projected_step_checks import DTYPES, NORMS, eager_chain, sizes, tensors
 
 from pyvit.ops import projected_step
 
@@ -51,6 +51,21 @@ def test_any_layout(norm, dtype):
             assert_as_accurate(after, contiguous[1], truth[1], 2, name)
             if name in ("nchw", "channels_last", "transposed", "batch last"):
                 assert y.stride() == x.stride(), name
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("shape", [(3, 3, 11, 17), (4, 2, 8, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linf_of_any_layout_without_momentum(dtype, shape):
+    """Then the images of a batch may be walked over as one."""
+    x, grad, x0, _ = tensors(shape, dtype)
+    expected = eager_chain(x, grad, x0, 0.01, 0.03, False)
+    for layout in LAYOUTS.values():
+        for other in LAYOUTS.values():
+            for operands in ((layout, other, layout), (layout, layout, other)):
+                arguments = [f(t) for f, t in zip(operands, (x, grad, x0))]
+                ours = projected_step(*arguments, norm="linf", step_size=0.01, eps=0.03)
+                assert torch.equal(ours, expected)
 
 
 @pytest.mark.usefixtures("backend")

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 
 #include "projected_step.h"
 
@@ -10,44 +9,6 @@ namespace pyvit {
 
 // Longest stretch that one call of a piece function gets.
 inline constexpr int64_t kPiece = 1024;
-
-// Brings the dimensions of an image into the order of the result's memory and merges neighbours
-// that every operand allows to merge. What is left depends on the layout of one image alone, and
-// so does the order of every sum: an image's batch-mates change nothing.
-inline void merge_dimensions(ProjectedStep& p) {
-  const int operands = p.has_momentum ? kStepOperands : kMomentum;
-  std::vector<size_t> order;
-  for (size_t d = 0; d < p.sizes.size(); ++d)
-    if (p.sizes[d] != 1) order.push_back(d);
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-    return p.strides[kOut][a] > p.strides[kOut][b];
-  });
-  std::vector<int64_t> sizes, strides[kStepOperands];
-  for (const size_t d : order) {
-    bool merges = !sizes.empty();
-    for (int o = 0; o < operands && merges; ++o)
-      merges = strides[o].back() == p.strides[o][d] * p.sizes[d];
-    if (merges) {
-      sizes.back() *= p.sizes[d];
-    } else {
-      sizes.push_back(p.sizes[d]);
-    }
-    for (int o = 0; o < operands; ++o) {
-      if (!merges) strides[o].push_back(0);
-      strides[o].back() = p.strides[o][d];
-    }
-  }
-  if (sizes.empty()) {  // an image of one element
-    sizes.push_back(1);
-    for (auto& s : strides) s.push_back(1);
-  }
-  p.sizes = sizes;
-  for (int o = 0; o < operands; ++o) p.strides[o] = strides[o];
-}
-
-inline int64_t image_elements(const ProjectedStep& p) {
-  return std::accumulate(p.sizes.begin(), p.sizes.end(), int64_t{1}, std::multiplies<int64_t>());
-}
 
 // A stretch of one image, along its innermost dimension.
 template <class S>
