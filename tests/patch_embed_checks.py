@@ -26,6 +26,7 @@ SHAPES = {
     # and patches.
     "large patches": (1, 3, 144, 144, 32, (24, 24), None),
     "many of all": (1, 3, 264, 264, 1056, (8, 8), None),
+    "many patches": (4, 1, 114, 115, 9, (2, 2), None),  # a GPU's larger tiles
 }
 # Those that Triton's interpreter is quick enough for.
 INTERPRETED_SHAPES = [

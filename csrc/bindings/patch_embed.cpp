@@ -1,35 +1,14 @@
 #include "cpu/patch_embed.h"
 
-#include "bindings/tensors.h"
+#include "bindings/patch_embed.h"
 
 namespace pyvit {
 namespace {
 
-PatchEmbedShape shape_of(const Ints& image, const Ints& weight, const Ints& stride) {
-  auto patches = [&](int axis) { return (image[2 + axis] - weight[2 + axis]) / stride[axis] + 1; };
-  return {image[0],  image[1],
-          image[2],  image[3],
-          weight[0], {patches(0), patches(1)},
-          {weight[2], weight[3]}, {stride[0], stride[1]}};
-}
-
-int64_t patches_of(const PatchEmbedShape& shape) { return shape.grid[0] * shape.grid[1]; }
-
-bool is_bytes(const Tensor& image) { return image.scalar_type() == ScalarType::Byte; }
-
-// `grad` may have the class token's row before those of the patches.
-TokenView patch_tokens(const Tensor& grad, const PatchEmbedShape& shape) {
-  const auto stride = grad.strides();
-  const int64_t skipped = grad.size(1) - patches_of(shape);
-  const int64_t bytes = grad.numel() == 0 ? 0 : skipped * stride[1] * grad.element_size();
-  return {static_cast<char*>(const_cast<void*>(grad.const_data_ptr())) + bytes,
-          {stride[0], stride[1], stride[2]}};
-}
-
 Tensor forward(Tensor image, Tensor weight, std::optional<Tensor> bias,
                std::optional<Tensor> pos_embed, std::optional<Tensor> cls_token,
                std::optional<Tensor> mean, std::optional<Tensor> std, Ints stride) {
-  const PatchEmbedShape shape = shape_of(sizes_of(image), sizes_of(weight), stride);
+  const PatchEmbedShape shape = patch_embed_shape(sizes_of(image), sizes_of(weight), stride);
   const int64_t tokens = patches_of(shape) + (cls_token.has_value() ? 1 : 0);
   Tensor out = empty_like_options(weight, {shape.batch, tokens, shape.embed_dim});
   if (out.numel() == 0) return out;
@@ -44,7 +23,7 @@ Tensor image_grad(Tensor grad, Tensor weight, std::optional<Tensor> std, Ints im
                   Ints stride, bool channels_last) {
   Tensor dimage = empty_like_options(grad, image_size, channels_last);
   if (dimage.numel() == 0) return dimage;
-  const PatchEmbedShape shape = shape_of(image_size, sizes_of(weight), stride);
+  const PatchEmbedShape shape = patch_embed_shape(image_size, sizes_of(weight), stride);
   patch_embed_image_grad(dtype_of(grad), shape, patch_tokens(grad, shape), view4(weight),
                          data_or_null(std), view4(dimage));
   return dimage;
@@ -55,7 +34,7 @@ Tensor weight_grad(Tensor grad, Tensor image, std::optional<Tensor> mean,
                    bool channels_last) {
   Tensor dweight = empty_like_options(grad, weight_size, channels_last);
   if (dweight.numel() == 0) return dweight;
-  const PatchEmbedShape shape = shape_of(sizes_of(image), weight_size, stride);
+  const PatchEmbedShape shape = patch_embed_shape(sizes_of(image), weight_size, stride);
   patch_embed_weight_grad(dtype_of(grad), is_bytes(image), shape, patch_tokens(grad, shape),
                           view4(image), {data_or_null(mean), data_or_null(std)}, view4(dweight));
   return dweight;
