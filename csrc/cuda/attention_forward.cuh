@@ -1,0 +1,612 @@
+// The forward pass of attention for any sizes: topk_attention.cu says how, and what it should take.
+//
+// A block has row_groups · key_groups warps. Warps of one row group share sixteen queries and take
+// turns at pieces of 32 keys; what they find of a row is put together in shared memory.
+#pragma once
+
+#include "cuda/attention_tiles.cuh"
+#include "cuda/select.cuh"
+#include "cuda/topk_attention.h"
+
+namespace pyvit::cuda::attention {
+
+struct ForwardCall {
+  Source q, k, v;
+  void* out;
+  int64_t out_stride[3];
+  SavedRows saved;
+  int heads, queries, keys, dim, value_dim, wanted;
+  float scale, place;
+  bool selects;
+};
+
+struct ForwardTiling {
+  int row_groups, key_groups;
+  int tile, tiles;  // keys, a multiple of 32 · key_groups
+  int stages;
+  int pitch, value_pitch, value_width;  // values are multiplied kValueTiles tiles at a time
+  Divisor blocks, chunks, value_chunks;
+  int values_at, stage_bytes;  // in a stage
+  int stages_at, scores_at, scratch_at, exchange_at, flags_at, bytes;
+
+  __host__ __device__ int pieces() const { return tile / (kPiece * key_groups); }
+};
+
+constexpr int kMostThreads = 256;
+constexpr int kValueTiles = 8;
+
+// What becomes of a row besides its sums of values: before the division by `sum`.
+struct RowSums {
+  float sum = 0.0f, squares = 0.0f, tail = 0.0f;
+};
+
+// A lane's two rows: makes weights of scores.
+template <class Kind, bool kPenalty>
+struct Weigher {
+  Cut cut[2];
+  float top[2];
+  bool strange[2];  // a score is NaN or inf, or all are -inf: the row becomes NaN
+  RowSums sums[2];
+
+  // A tile of scores becomes weights before their division; those of keys that were dropped are -0
+  // (with the penalty they are weights, too). Returns which were kept, as bits.
+  __device__ unsigned weigh(float (&tile)[4], int key, bool counts) {
+    unsigned kept = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int r = e / 2;
+      const bool keeps = cut[r].keeps(tile[e], key + e % 2);
+      kept |= static_cast<unsigned>(keeps) << e;
+      float weight = exponential<Kind>(tile[e] - top[r]);
+      if (!kPenalty) weight = keeps ? weight : -0.0f;
+      tile[e] = weight;
+      if (!counts) continue;
+      sums[r].sum += weight;
+      if (kPenalty) {
+        sums[r].squares = fmaf(weight, weight, sums[r].squares);
+        if (!keeps) sums[r].tail = fmaf(weight, weight, sums[r].tail);
+      }
+    }
+    return kept;
+  }
+
+  // Which of a piece's keys were kept, from the lane's own marks (four bits a tile), for both rows.
+  // Rows of NaN keep their first keys, so that backward passes see them.
+  __device__ void store_bits(const unsigned (&marks)[kPieceTiles], int first_key, int wanted,
+                             int64_t row, int rows, int keys, uint8_t* selection) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int of_row = (keys + 7) / 8, byte = first_key / 8 + t;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      unsigned word = 0;
+#pragma unroll
+      for (int i = 0; i < kPieceTiles; ++i) {
+        word |= ((marks[i] >> (2 * r)) & 3u) << (8 * i + 2 * t);
+      }
+      word = across_quad(word, Union{});
+      if (strange[r]) {
+        const int some = min(max(wanted - first_key, 0), 32);
+        word = some == 32 ? kAll : (1u << some) - 1;
+      }
+      if (g + 8 * r < rows && byte < of_row) {
+        selection[(row + g + 8 * r) * of_row + byte] = static_cast<uint8_t>(word >> (8 * t));
+      }
+    }
+  }
+};
+
+// Values that are not finite must reach the rows alone that kept their keys, and 0 · inf is NaN.
+// Where that has spoilt a result it is made anew: clean() puts zeros in the place of such values,
+// and marks their keys; add_extremes() adds them to the rows of a piece that kept them.
+template <class E>
+__device__ void clean(E* values, int pitch, int rows, int width, int* flags) {
+  const int whole = (rows + kPiece - 1) / kPiece * kPiece;
+  for (int i = threadIdx.x; i < whole; i += blockDim.x) flags[i] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
+    E& value = values[i / width * pitch + i % width];
+    if (fabsf(widen(value)) < INFINITY) continue;
+    value = narrow<E>(0.0f);
+    flags[i / width] = 1;
+  }
+  __syncthreads();
+}
+
+// `marks`: four bits for each of the piece's tiles, as weigh() returns them.
+template <class E>
+__device__ void add_extremes(float (&result)[kValueTiles][4], unsigned marks, const int* flags,
+                             const E* values, int64_t stride, int column, int value_dim) {
+  const int lane = threadIdx.x % 32, t = lane % 4;
+  unsigned there = __ballot_sync(kAll, flags[lane]);
+  for (; there != 0; there &= there - 1) {
+    const int n = __ffs(static_cast<int>(there)) - 1;
+    const unsigned of_owner =
+        __shfl_sync(kAll, marks, (lane & ~3) | (n % 8 / 2)) >> (n / 8 * 4 + n % 2);
+#pragma unroll
+    for (int i = 0; i < kValueTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int at = column + 8 * i + 2 * t + e % 2;
+        if (at >= value_dim || !((of_owner >> (2 * (e / 2))) & 1)) continue;
+        const float value = widen(values[n * stride + at]);
+        if (!(fabsf(value) < INFINITY)) result[i][e] += value;
+      }
+    }
+  }
+}
+
+template <class Kind, bool kAgain, bool kPenalty>
+struct Forward {
+  using E = typename Kind::Element;
+
+  const ForwardCall& c;
+  const ForwardTiling& l;
+  char* memory;
+  const E *q, *k, *v;
+  int lane, g, t, row_group, key_group;
+  int64_t row;     // of the warp's first query among those of all heads
+  int first, rows;  // the warp's first query, and how many it has
+
+  __device__ E* stage_at(int stage) const {
+    return reinterpret_cast<E*>(memory + l.stages_at + stage * l.stage_bytes);
+  }
+  __device__ E* values_at(int stage, bool with_keys) const {
+    return reinterpret_cast<E*>(memory + l.stages_at + stage * l.stage_bytes +
+                                (with_keys ? l.values_at : 0));
+  }
+  __device__ float4* own_scores() const {
+    return reinterpret_cast<float4*>(memory + l.scores_at) +
+           (threadIdx.x / 32) * (l.tiles * l.pieces() * kPieceTiles * 32) + lane;
+  }
+  __device__ float* scratch() const {
+    return reinterpret_cast<float*>(memory + l.scratch_at) +
+           threadIdx.x / 32 * (kRows * kScratchPitch);
+  }
+  __device__ int* flags() const { return reinterpret_cast<int*>(memory + l.flags_at); }
+
+  // ---- tiles
+
+  // use(stage, piece in the tile, first key, number among the warp's own) for the warp's pieces.
+  template <bool kKeys, bool kValues, class Use>
+  __device__ void pieces(int column, const Use& use) {
+    stream(
+        l.tiles, l.stages, [](int tile) { return tile + 1; },
+        [&](int tile, int stage) {
+          const int start = tile * l.tile;
+          if (kKeys) {
+            load_rows(stage_at(stage), l.pitch, k, c.k.stride[2], c.k.vectors, start, c.keys,
+                      l.tile, c.dim, l.chunks);
+          }
+          if (kValues) {
+            load_rows(values_at(stage, kKeys), l.value_pitch, v + column, c.v.stride[2],
+                      c.v.vectors, start, c.keys, l.tile, c.value_dim - column, l.value_chunks);
+          }
+        },
+        [&](int tile, int stage) { use(tile, stage); });
+  }
+  template <class Use>
+  __device__ void own_pieces(int tile, const Use& use) const {
+#pragma unroll 1
+    for (int p = 0; p < l.pieces(); ++p) {
+      const int piece = p * l.key_groups + key_group, key = tile * l.tile + piece * kPiece;
+      if (key < c.keys && rows > 0) use(piece, key, tile * l.pieces() + p);
+    }
+  }
+  __device__ void make_scores(float (&scores)[kPieceTiles][4], int stage, int piece) const {
+    clear(scores);
+    multiply_rows<Kind>(scores, reinterpret_cast<const E*>(memory) + row_group * kRows * l.pitch,
+                        l.pitch, stage_at(stage) + piece * kPiece * l.pitch, l.pitch,
+                        padded(c.dim));
+#pragma unroll
+    for (int i = 0; i < kPieceTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[i][e] *= c.scale;
+    }
+  }
+  // Scores past the last key are -inf.
+  __device__ void mask_end(float (&scores)[kPieceTiles][4], int key) const {
+    if (key + kPiece <= c.keys) return;
+#pragma unroll
+    for (int i = 0; i < kPieceTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (key + 8 * i + 2 * t + e % 2 >= c.keys) scores[i][e] = -INFINITY;
+      }
+    }
+  }
+
+  // ---- what warps of a row group know together
+
+  template <class V, class Op>
+  __device__ void together(V (&x)[2], const Op& op) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) x[r] = across_quad(x[r], op);
+    if (l.key_groups == 1) return;
+    V* exchange = reinterpret_cast<V*>(memory + l.exchange_at) + row_group * l.key_groups * kRows;
+    if (t == 0) {
+      exchange[key_group * kRows + g] = x[0];
+      exchange[key_group * kRows + g + 8] = x[1];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      x[r] = exchange[g + 8 * r];
+      for (int i = 1; i < l.key_groups; ++i) x[r] = op(x[r], exchange[i * kRows + g + 8 * r]);
+    }
+    __syncthreads();
+  }
+  // For cut_rows. Threads of the whole block count in step.
+  __device__ bool any(bool x) const { return __syncthreads_or(x) != 0; }
+  template <class F>
+  __device__ void count(int (&count)[2], const F& holds) {
+    count[0] = count[1] = 0;
+    const auto in_piece = [&](const float (&scores)[kPieceTiles][4], int key) {
+#pragma unroll
+      for (int i = 0; i < kPieceTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          count[e / 2] += holds(e / 2, scores[i][e], key + 8 * i + 2 * t + e % 2);
+        }
+      }
+    };
+    if constexpr (kAgain) {
+      pieces<true, false>(0, [&](int tile, int stage) {
+        own_pieces(tile, [&](int piece, int key, int) {
+          float scores[kPieceTiles][4];
+          make_scores(scores, stage, piece);
+          mask_end(scores, key);
+          in_piece(scores, key);
+        });
+      });
+    } else {
+#pragma unroll 1
+      for (int tile = 0; tile < l.tiles; ++tile) {
+        own_pieces(tile, [&](int, int key, int own) {
+          float scores[kPieceTiles][4];
+          recall(scores, own);
+          in_piece(scores, key);
+        });
+      }
+    }
+    together(count, Sum{});
+  }
+  __device__ void recall(float (&scores)[kPieceTiles][4], int own) const {
+#pragma unroll
+    for (int i = 0; i < kPieceTiles; ++i) {
+      const float4 tile = own_scores()[(own * kPieceTiles + i) * 32];
+      scores[i][0] = tile.x, scores[i][1] = tile.y, scores[i][2] = tile.z, scores[i][3] = tile.w;
+    }
+  }
+  __device__ void keep(const float (&scores)[kPieceTiles][4], int own) const {
+#pragma unroll
+    for (int i = 0; i < kPieceTiles; ++i) {
+      own_scores()[(own * kPieceTiles + i) * 32] = {scores[i][0], scores[i][1], scores[i][2],
+                                                    scores[i][3]};
+    }
+  }
+
+  // ---- the passes
+
+  // Scores are made (and kept, unless they are made again); each row's range.
+  __device__ void find_ranges(RowRange (&range)[2], bool (&strange)[2]) {
+    float top[2] = {-INFINITY, -INFINITY}, bottom[2] = {INFINITY, INFINITY};
+    float total[2] = {0.0f, 0.0f}, squares[2] = {0.0f, 0.0f};
+    int bad[2] = {0, 0};
+    pieces<true, false>(0, [&](int tile, int stage) {
+      own_pieces(tile, [&](int piece, int key, int own) {
+        float scores[kPieceTiles][4];
+        make_scores(scores, stage, piece);
+#pragma unroll
+        for (int i = 0; i < kPieceTiles; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float score = scores[i][e];
+            if (key + 8 * i + 2 * t + e % 2 >= c.keys) continue;
+            const int r = e / 2;
+            top[r] = fmaxf(top[r], score);
+            bottom[r] = fminf(bottom[r], score);
+            total[r] += score;
+            squares[r] = fmaf(score, score, squares[r]);
+            bad[r] |= !(score < INFINITY);
+          }
+        }
+        if (!kAgain) {
+          mask_end(scores, key);
+          keep(scores, own);
+        }
+      });
+    });
+    together(top, Largest{});
+    together(bad, Sum{});
+    if (c.selects) {
+      together(bottom, Least{});
+      together(total, Sum{});
+      together(squares, Sum{});
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      strange[r] = bad[r] != 0 || top[r] == -INFINITY;
+      range[r] = {top[r], bottom[r], total[r], squares[r], !strange[r] && g + 8 * r < rows};
+    }
+  }
+
+  // A piece of weights times its values, `extremes`: those that are not finite, which clean_values
+  // has replaced by zeros, are added to the rows that kept their keys alone.
+  __device__ void multiply_values(float (&result)[kValueTiles][4],
+                                  const float (&weights)[kPieceTiles][4],
+                                  const unsigned (&marks)[kPieceTiles], const E* values, int piece,
+                                  int key, int column, bool extremes) const {
+    const int tiles = min(kValueTiles, (padded(c.value_dim) - column) / 8);
+    multiply_columns<Kind>(result, weights, scratch(), values + piece * kPiece * l.value_pitch,
+                           l.value_pitch, tiles);
+    if (!extremes) return;
+    unsigned packed = 0;
+#pragma unroll
+    for (int i = 0; i < kPieceTiles; ++i) packed |= marks[i] << (4 * i);
+    add_extremes(result, packed, flags() + piece * kPiece, v + key * c.v.stride[2],
+                 c.v.stride[2], column, c.value_dim);
+  }
+  __device__ void clean_values(E* values) const {
+    clean(values, l.value_pitch, l.tile, l.value_width, flags());
+  }
+
+  // The results of kValueTiles tiles of columns. In the first ones' pass all that is known of rows
+  // is found, too.
+  __device__ void sum_values(float (&result)[kValueTiles][4], Weigher<Kind, kPenalty>& weigher,
+                             int column, bool counts, bool extremes) {
+    clear(result);
+    pieces<kAgain, true>(column, [&](int tile, int stage) {
+      E* values = values_at(stage, kAgain);
+      if (extremes) clean_values(values);
+      own_pieces(tile, [&](int piece, int key, int own) {
+        float weights[kPieceTiles][4];
+        unsigned marks[kPieceTiles];
+        if constexpr (kAgain) {
+          make_scores(weights, stage, piece);
+          mask_end(weights, key);
+        } else {
+          recall(weights, own);
+        }
+#pragma unroll
+        for (int i = 0; i < kPieceTiles; ++i) {
+          marks[i] = weigher.weigh(weights[i], key + 8 * i + 2 * t, counts);
+        }
+        if (counts && c.saved.selection != nullptr) {
+          weigher.store_bits(marks, key, c.wanted, row, rows, c.keys, c.saved.selection);
+        }
+        multiply_values(result, weights, marks, values, piece, key, column, extremes);
+      });
+    });
+  }
+
+  // The sums of the key groups together, divided and stored; returns whether any became NaN that
+  // should not have.
+  __device__ bool store(const float (&result)[kValueTiles][4],
+                        const Weigher<Kind, kPenalty>& weigher, int column) const {
+    float4* parts = reinterpret_cast<float4*>(memory + l.stages_at) + lane;
+    const int of_warp = kValueTiles * 32, first_warp = row_group * l.key_groups;
+#pragma unroll
+    for (int i = 0; i < kValueTiles; ++i) {
+      parts[(first_warp + key_group) * of_warp + i * 32] = {result[i][0], result[i][1],
+                                                             result[i][2], result[i][3]};
+    }
+    __syncthreads();
+    const int64_t head = row / c.queries;
+    E* out = static_cast<E*>(c.out) + head / c.heads * c.out_stride[0] +
+             head % c.heads * c.out_stride[1] + first * c.out_stride[2];
+    bool spoilt = false;
+    for (int i = key_group; i < kValueTiles; i += l.key_groups) {
+      float4 total = parts[first_warp * of_warp + i * 32];
+      for (int other = 1; other < l.key_groups; ++other) {
+        const float4 part = parts[(first_warp + other) * of_warp + i * 32];
+        total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+      }
+      const float pairs[2][2] = {{total.x, total.y}, {total.z, total.w}};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (g + 8 * r >= rows) continue;
+        const float sum = weigher.strange[r] ? NAN : weigher.sums[r].sum;
+        spoilt |= !weigher.strange[r] && (pairs[r][0] != pairs[r][0] || pairs[r][1] != pairs[r][1]);
+        store_pair(out + (g + 8 * r) * c.out_stride[2], column + 8 * i + 2 * t, c.value_dim,
+                   c.value_dim % 2 == 0, pairs[r][0] / sum, pairs[r][1] / sum);
+      }
+    }
+    __syncthreads();  // the stages are free again
+    return spoilt;
+  }
+
+  __device__ void save_rows(const Weigher<Kind, kPenalty>& weigher) const {
+    if (t != 0 || key_group != 0) return;
+    const SavedRows& saved = c.saved;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (g + 8 * r >= rows) continue;
+      const int64_t at = row + g + 8 * r;
+      const RowSums& sums = weigher.sums[r];
+      const float sum = weigher.strange[r] ? NAN : sums.sum;
+      if (saved.softmax != nullptr) {
+        saved.softmax[2 * at] = weigher.top[r];
+        saved.softmax[2 * at + 1] = sum;
+      }
+      if (kPenalty) {
+        const float root = sqrtf(static_cast<float>(c.keys));
+        const float spread = (root - sum / sqrtf(sums.squares)) / (root - 1.0f);
+        saved.tail_energy[at] = sums.tail / (sum * sum);
+        saved.hoyer[at] = c.keys > 1 ? spread : sum / sum;
+      }
+    }
+  }
+
+  __device__ void run() {
+    Weigher<Kind, kPenalty> weigher;
+    RowRange range[2];
+    find_ranges(range, weigher.strange);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      weigher.top[r] = range[r].top;
+      weigher.cut[r] = {-INFINITY, c.keys - 1};
+    }
+    if (c.selects) cut_rows(*this, range, c.keys, c.wanted, c.place, weigher.cut);
+#pragma unroll 1
+    for (int column = 0; column < c.value_dim; column += 8 * kValueTiles) {
+      const bool first_time = column == 0;
+      float result[kValueTiles][4];
+      sum_values(result, weigher, column, first_time, false);
+      if (first_time) {
+        RowSums(&sums)[2] = weigher.sums;
+        float sum[2] = {sums[0].sum, sums[1].sum};
+        together(sum, Sum{});
+        sums[0].sum = sum[0], sums[1].sum = sum[1];
+        if (kPenalty) {
+          float squares[2] = {sums[0].squares, sums[1].squares};
+          float tail[2] = {sums[0].tail, sums[1].tail};
+          together(squares, Sum{});
+          together(tail, Sum{});
+          sums[0].squares = squares[0], sums[1].squares = squares[1];
+          sums[0].tail = tail[0], sums[1].tail = tail[1];
+        }
+        save_rows(weigher);
+      }
+      const bool spoilt = store(result, weigher, column);
+      if (!kPenalty && c.selects && any(spoilt)) {
+        sum_values(result, weigher, column, false, true);
+        store(result, weigher, column);
+      }
+    }
+  }
+};
+
+template <class Kind, bool kAgain, bool kPenalty>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    forward_kernel(ForwardCall c, ForwardTiling l) {
+  using E = typename Kind::Element;
+  const Quotient place(static_cast<int>(blockIdx.x), l.blocks);
+  const int64_t batch = place.quotient / c.heads, head = place.quotient % c.heads;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int block_first = place.rest * l.row_groups * kRows;
+  char* memory = dynamic_shared<char>();
+  const auto of_head = [&](const Source& s) {
+    return static_cast<const E*>(s.data) + batch * s.stride[0] + head * s.stride[1];
+  };
+  load_rows(reinterpret_cast<E*>(memory), l.pitch, of_head(c.q), c.q.stride[2], c.q.vectors,
+            block_first, c.queries, l.row_groups * kRows, c.dim, l.chunks);
+  const int first = block_first + warp / l.key_groups * kRows;
+  Forward<Kind, kAgain, kPenalty>{c,
+                                  l,
+                                  memory,
+                                  of_head(c.q),
+                                  of_head(c.k),
+                                  of_head(c.v),
+                                  lane,
+                                  lane / 4,
+                                  lane % 4,
+                                  warp / l.key_groups,
+                                  warp % l.key_groups,
+                                  static_cast<int64_t>(place.quotient) * c.queries + first,
+                                  first,
+                                  min(max(c.queries - first, 0), kRows)}
+      .run();
+}
+
+// ---- launches
+
+// Where the k-th largest of n normally distributed numbers would be, in deviations from their mean.
+double normal_place(int64_t k, int64_t n);
+
+template <class Kind>
+ForwardCall forward_call(const AttentionShape& s, int64_t topk, const HeadRows& q,
+                         const HeadRows& k, const HeadRows& v, const HeadRows& out,
+                         const SavedRows& saved) {
+  constexpr int kSize = sizeof(typename Kind::Element);
+  const bool selects = topk < s.keys;
+  return {source_of(q, kSize),
+          source_of(k, kSize),
+          source_of(v, kSize),
+          out.data,
+          {out.stride[0], out.stride[1], out.stride[2]},
+          saved,
+          static_cast<int>(s.heads),
+          static_cast<int>(s.queries),
+          static_cast<int>(s.keys),
+          static_cast<int>(s.dim),
+          static_cast<int>(s.value_dim),
+          static_cast<int>(selects ? topk : s.keys),
+          static_cast<float>(s.scale),
+          static_cast<float>(selects ? normal_place(topk, s.keys) : 0.0),
+          selects};
+}
+
+template <class Kind>
+ForwardTiling tiling(const ForwardCall& c, bool again, int row_groups, int key_groups, int tile,
+                     int stages) {
+  constexpr int kSize = sizeof(typename Kind::Element);
+  ForwardTiling l{};
+  l.row_groups = row_groups;
+  l.key_groups = key_groups;
+  l.tile = tile;
+  l.tiles = (c.keys + tile - 1) / tile;
+  l.stages = l.tiles > 1 ? stages : 1;
+  l.value_width = padded(min(c.value_dim, 8 * kValueTiles));
+  l.pitch = pitch_of(c.dim, kSize);
+  l.value_pitch = pitch_of(l.value_width, kSize);
+  l.blocks = Divisor((c.queries + kRows * row_groups - 1) / (kRows * row_groups));
+  l.chunks = Divisor(padded(c.dim) * kSize / 16);
+  l.value_chunks = Divisor(l.value_width * kSize / 16);
+  const int warps = row_groups * key_groups;
+  l.values_at = tile * l.pitch * kSize;
+  const int of_values = tile * l.value_pitch * kSize;
+  l.stage_bytes = again ? l.values_at + of_values : max(l.values_at, of_values);
+  l.stages_at = row_groups * kRows * l.pitch * kSize;
+  const int of_parts = warps * kValueTiles * 32 * 16;
+  l.scores_at = l.stages_at + max(l.stages * l.stage_bytes, of_parts);
+  l.scratch_at = l.scores_at + (again ? 0 : row_groups * kRows * l.tiles * tile * 4);
+  l.exchange_at = l.scratch_at + (kSize == 4 ? warps * kRows * kScratchPitch * 4 : 0);
+  l.flags_at = l.exchange_at + warps * kRows * 4;
+  l.bytes = l.flags_at + tile * 4;
+  return l;
+}
+
+template <class Kind, bool kAgain, bool kPenalty>
+void run_forward(const char* name, const ForwardCall& c, int64_t heads, const ForwardTiling& l,
+                 void* stream) {
+  launch(name, forward_kernel<Kind, kAgain, kPenalty>, heads * l.blocks.by,
+         32 * l.row_groups * l.key_groups, l.bytes, stream, c, l);
+}
+
+// Scores are kept where sixteen rows of them fit shared memory: first by warps of their own, where
+// two blocks fit a multiprocessor, then by four warps together. Else they are made again.
+template <class Kind, bool kPenalty>
+void forward(const char* name, const ForwardCall& c, int64_t heads, void* stream) {
+  struct Choice {
+    int row_groups, key_groups, tile, stages;
+    int most_bytes;
+  };
+  constexpr int kHalf = kSharedBytes * 2 / 3;  // so that two blocks fit a larger GPU's
+  constexpr Choice kKept[] = {{4, 1, 64, 2, kHalf},
+                              {2, 4, 128, 2, kHalf},
+                              {2, 4, 128, 1, kHalf},
+                              {2, 4, 128, 2, kSharedBytes},
+                              {2, 4, 128, 1, kSharedBytes},
+                              {1, 4, 128, 2, kSharedBytes},
+                              {1, 8, 256, 1, kSharedBytes}};
+  for (const Choice& choice : kKept) {
+    const ForwardTiling l = tiling<Kind>(c, false, choice.row_groups, choice.key_groups,
+                                         choice.tile, choice.stages);
+    if (l.bytes > choice.most_bytes) continue;
+    return run_forward<Kind, false, kPenalty>(name, c, heads, l, stream);
+  }
+  for (const int row_groups : {8, 4, 2, 1}) {
+    for (const Choice& choice : {Choice{row_groups, 1, 64, 2, 0}, Choice{row_groups, 1, 32, 2, 0},
+                                 Choice{row_groups, 1, 32, 1, 0}}) {
+      const ForwardTiling l =
+          tiling<Kind>(c, true, choice.row_groups, 1, choice.tile, choice.stages);
+      if (l.bytes > kSharedBytes) continue;
+      return run_forward<Kind, true, kPenalty>(name, c, heads, l, stream);
+    }
+  }
+  throw std::runtime_error(std::string("pyvit.") + name +
+                           ": the CUDA C++ kernels take no head dimension of " +
+                           std::to_string(c.dim) + "; ask for backend 'triton'");
+}
+
+}  // namespace pyvit::cuda::attention

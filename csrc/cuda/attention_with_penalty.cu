@@ -1,0 +1,19 @@
+// Dense attention and its rows' penalty terms: the passes of topk_attention.cu, in which no weight
+// is dropped and the threshold says alone which of them are of the tail.
+#include "cuda/attention_forward.cuh"
+
+namespace pyvit::cuda {
+
+void attention_with_penalty(DType dtype, bool tf32, const AttentionShape& shape, int64_t topk,
+                            HeadRows q, HeadRows k, HeadRows v, HeadRows out,
+                            const SavedRows& saved, void* stream) {
+  attention::dispatch_kind(dtype, tf32, [&](auto kind) {
+    using Kind = decltype(kind);
+    const attention::ForwardCall call =
+        attention::forward_call<Kind>(shape, topk, q, k, v, out, saved);
+    attention::forward<Kind, true>("attention_with_penalty", call, shape.batch * shape.heads,
+                                   stream);
+  });
+}
+
+}  // namespace pyvit::cuda
