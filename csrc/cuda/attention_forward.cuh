@@ -4,21 +4,11 @@
 // turns at pieces of 32 keys; what they find of a row is put together in shared memory.
 #pragma once
 
-#include "cuda/attention_tiles.cuh"
-#include "cuda/select.cuh"
-#include "cuda/topk_attention.h"
+#include "cuda/attention_rows.cuh"
 
 namespace pyvit::cuda::attention {
 
-struct ForwardCall {
-  Source q, k, v;
-  void* out;
-  int64_t out_stride[3];
-  SavedRows saved;
-  int heads, queries, keys, dim, value_dim, wanted;
-  float scale, place;
-  bool selects;
-};
+constexpr int kMostThreads = 256;
 
 struct ForwardTiling {
   int row_groups, key_groups;
@@ -32,108 +22,16 @@ struct ForwardTiling {
   __host__ __device__ int pieces() const { return tile / (kPiece * key_groups); }
 };
 
-constexpr int kMostThreads = 256;
-constexpr int kValueTiles = 8;
+// A long sum, and what its roundings have lost so far.
+struct Total {
+  float sum = 0.0f, excess = 0.0f;
 
-// What becomes of a row besides its sums of values: before the division by `sum`.
-struct RowSums {
-  float sum = 0.0f, squares = 0.0f, tail = 0.0f;
-};
-
-// A lane's two rows: makes weights of scores.
-template <class Kind, bool kPenalty>
-struct Weigher {
-  Cut cut[2];
-  float top[2];
-  bool strange[2];  // a score is NaN or inf, or all are -inf: the row becomes NaN
-  RowSums sums[2];
-
-  // A tile of scores becomes weights before their division; those of keys that were dropped are -0
-  // (with the penalty they are weights, too). Returns which were kept, as bits.
-  __device__ unsigned weigh(float (&tile)[4], int key, bool counts) {
-    unsigned kept = 0;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int r = e / 2;
-      const bool keeps = cut[r].keeps(tile[e], key + e % 2);
-      kept |= static_cast<unsigned>(keeps) << e;
-      float weight = exponential<Kind>(tile[e] - top[r]);
-      if (!kPenalty) weight = keeps ? weight : -0.0f;
-      tile[e] = weight;
-      if (!counts) continue;
-      sums[r].sum += weight;
-      if (kPenalty) {
-        sums[r].squares = fmaf(weight, weight, sums[r].squares);
-        if (!keeps) sums[r].tail = fmaf(weight, weight, sums[r].tail);
-      }
-    }
-    return kept;
-  }
-
-  // Which of a piece's keys were kept, from the lane's own marks (four bits a tile), for both rows.
-  // Rows of NaN keep their first keys, so that backward passes see them.
-  __device__ void store_bits(const unsigned (&marks)[kPieceTiles], int first_key, int wanted,
-                             int64_t row, int rows, int keys, uint8_t* selection) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int of_row = (keys + 7) / 8, byte = first_key / 8 + t;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      unsigned word = 0;
-#pragma unroll
-      for (int i = 0; i < kPieceTiles; ++i) {
-        word |= ((marks[i] >> (2 * r)) & 3u) << (8 * i + 2 * t);
-      }
-      word = across_quad(word, Union{});
-      if (strange[r]) {
-        const int some = min(max(wanted - first_key, 0), 32);
-        word = some == 32 ? kAll : (1u << some) - 1;
-      }
-      if (g + 8 * r < rows && byte < of_row) {
-        selection[(row + g + 8 * r) * of_row + byte] = static_cast<uint8_t>(word >> (8 * t));
-      }
-    }
+  __device__ void add(float x) {
+    const float term = x - excess, next = sum + term;
+    excess = (next - sum) - term;
+    sum = next;
   }
 };
-
-// Values that are not finite must reach the rows alone that kept their keys, and 0 · inf is NaN.
-// Where that has spoilt a result it is made anew: clean() puts zeros in the place of such values,
-// and marks their keys; add_extremes() adds them to the rows of a piece that kept them.
-template <class E>
-__device__ void clean(E* values, int pitch, int rows, int width, int* flags) {
-  const int whole = (rows + kPiece - 1) / kPiece * kPiece;
-  for (int i = threadIdx.x; i < whole; i += blockDim.x) flags[i] = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
-    E& value = values[i / width * pitch + i % width];
-    if (fabsf(widen(value)) < INFINITY) continue;
-    value = narrow<E>(0.0f);
-    flags[i / width] = 1;
-  }
-  __syncthreads();
-}
-
-// `marks`: four bits for each of the piece's tiles, as weigh() returns them.
-template <class E>
-__device__ void add_extremes(float (&result)[kValueTiles][4], unsigned marks, const int* flags,
-                             const E* values, int64_t stride, int column, int value_dim) {
-  const int lane = threadIdx.x % 32, t = lane % 4;
-  unsigned there = __ballot_sync(kAll, flags[lane]);
-  for (; there != 0; there &= there - 1) {
-    const int n = __ffs(static_cast<int>(there)) - 1;
-    const unsigned of_owner =
-        __shfl_sync(kAll, marks, (lane & ~3) | (n % 8 / 2)) >> (n / 8 * 4 + n % 2);
-#pragma unroll
-    for (int i = 0; i < kValueTiles; ++i) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int at = column + 8 * i + 2 * t + e % 2;
-        if (at >= value_dim || !((of_owner >> (2 * (e / 2))) & 1)) continue;
-        const float value = widen(values[n * stride + at]);
-        if (!(fabsf(value) < INFINITY)) result[i][e] += value;
-      }
-    }
-  }
-}
 
 template <class Kind, bool kAgain, bool kPenalty>
 struct Forward {
@@ -326,7 +224,8 @@ struct Forward {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       strange[r] = bad[r] != 0 || top[r] == -INFINITY;
-      range[r] = {top[r], bottom[r], total[r], squares[r], !strange[r] && g + 8 * r < rows};
+      range[r] = {top[r],     bottom[r], total[r],
+                  squares[r], c.keys,    !strange[r] && g + 8 * r < rows};
     }
   }
 
@@ -350,10 +249,24 @@ struct Forward {
     clean(values, l.value_pitch, l.tile, l.value_width, flags());
   }
 
+  // What the weigher has found of a piece.
+  __device__ static void add_sums(Total (&totals)[2][3], Weigher<Kind, kPenalty>& weigher) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const RowSums& sums = weigher.sums[r];
+      totals[r][0].add(sums.sum);
+      if (kPenalty) {
+        totals[r][1].add(sums.squares);
+        totals[r][2].add(sums.tail);
+      }
+      weigher.sums[r] = RowSums{};
+    }
+  }
+
   // The results of kValueTiles tiles of columns. In the first ones' pass all that is known of rows
   // is found, too.
   __device__ void sum_values(float (&result)[kValueTiles][4], Weigher<Kind, kPenalty>& weigher,
-                             int column, bool counts, bool extremes) {
+                             Total (&totals)[2][3], int column, bool counts, bool extremes) {
     clear(result);
     pieces<kAgain, true>(column, [&](int tile, int stage) {
       E* values = values_at(stage, kAgain);
@@ -371,6 +284,7 @@ struct Forward {
         for (int i = 0; i < kPieceTiles; ++i) {
           marks[i] = weigher.weigh(weights[i], key + 8 * i + 2 * t, counts);
         }
+        if (counts) add_sums(totals, weigher);
         if (counts && c.saved.selection != nullptr) {
           weigher.store_bits(marks, key, c.wanted, row, rows, c.keys, c.saved.selection);
         }
@@ -451,15 +365,16 @@ struct Forward {
     for (int column = 0; column < c.value_dim; column += 8 * kValueTiles) {
       const bool first_time = column == 0;
       float result[kValueTiles][4];
-      sum_values(result, weigher, column, first_time, false);
+      Total totals[2][3];
+      sum_values(result, weigher, totals, column, first_time, false);
       if (first_time) {
         RowSums(&sums)[2] = weigher.sums;
-        float sum[2] = {sums[0].sum, sums[1].sum};
+        float sum[2] = {totals[0][0].sum, totals[1][0].sum};
         together(sum, Sum{});
         sums[0].sum = sum[0], sums[1].sum = sum[1];
         if (kPenalty) {
-          float squares[2] = {sums[0].squares, sums[1].squares};
-          float tail[2] = {sums[0].tail, sums[1].tail};
+          float squares[2] = {totals[0][1].sum, totals[1][1].sum};
+          float tail[2] = {totals[0][2].sum, totals[1][2].sum};
           together(squares, Sum{});
           together(tail, Sum{});
           sums[0].squares = squares[0], sums[1].squares = squares[1];
@@ -469,7 +384,7 @@ struct Forward {
       }
       const bool spoilt = store(result, weigher, column);
       if (!kPenalty && c.selects && any(spoilt)) {
-        sum_values(result, weigher, column, false, true);
+        sum_values(result, weigher, totals, column, false, true);
         store(result, weigher, column);
       }
     }
@@ -510,32 +425,6 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
 // ---- launches
 
-// Where the k-th largest of n normally distributed numbers would be, in deviations from their mean.
-double normal_place(int64_t k, int64_t n);
-
-template <class Kind>
-ForwardCall forward_call(const AttentionShape& s, int64_t topk, const HeadRows& q,
-                         const HeadRows& k, const HeadRows& v, const HeadRows& out,
-                         const SavedRows& saved) {
-  constexpr int kSize = sizeof(typename Kind::Element);
-  const bool selects = topk < s.keys;
-  return {source_of(q, kSize),
-          source_of(k, kSize),
-          source_of(v, kSize),
-          out.data,
-          {out.stride[0], out.stride[1], out.stride[2]},
-          saved,
-          static_cast<int>(s.heads),
-          static_cast<int>(s.queries),
-          static_cast<int>(s.keys),
-          static_cast<int>(s.dim),
-          static_cast<int>(s.value_dim),
-          static_cast<int>(selects ? topk : s.keys),
-          static_cast<float>(s.scale),
-          static_cast<float>(selects ? normal_place(topk, s.keys) : 0.0),
-          selects};
-}
-
 template <class Kind>
 ForwardTiling tiling(const ForwardCall& c, bool again, int row_groups, int key_groups, int tile,
                      int stages) {
@@ -573,31 +462,32 @@ void run_forward(const char* name, const ForwardCall& c, int64_t heads, const Fo
          32 * l.row_groups * l.key_groups, l.bytes, stream, c, l);
 }
 
-// Scores are kept where sixteen rows of them fit shared memory: first by warps of their own, where
-// two blocks fit a multiprocessor, then by four warps together. Else they are made again.
+struct Choice {
+  int row_groups, key_groups, tile, stages;
+};
+
+// Scores are kept where sixteen rows of them fit `most_bytes` of shared memory: by warps of their
+// own, or by several warps together. Whether it was launched.
 template <class Kind, bool kPenalty>
-void forward(const char* name, const ForwardCall& c, int64_t heads, void* stream) {
-  struct Choice {
-    int row_groups, key_groups, tile, stages;
-    int most_bytes;
-  };
-  constexpr int kHalf = kSharedBytes * 2 / 3;  // so that two blocks fit a larger GPU's
-  constexpr Choice kKept[] = {{4, 1, 64, 2, kHalf},
-                              {2, 4, 128, 2, kHalf},
-                              {2, 4, 128, 1, kHalf},
-                              {2, 4, 128, 2, kSharedBytes},
-                              {2, 4, 128, 1, kSharedBytes},
-                              {1, 4, 128, 2, kSharedBytes},
-                              {1, 8, 256, 1, kSharedBytes}};
-  for (const Choice& choice : kKept) {
+bool forward_kept(const char* name, const ForwardCall& c, int64_t heads, int most_bytes,
+                  void* stream) {
+  for (const Choice& choice : {Choice{4, 1, 64, 2}, Choice{2, 4, 128, 2}, Choice{2, 4, 128, 1},
+                               Choice{1, 4, 128, 2}, Choice{1, 8, 256, 1}}) {
     const ForwardTiling l = tiling<Kind>(c, false, choice.row_groups, choice.key_groups,
                                          choice.tile, choice.stages);
-    if (l.bytes > choice.most_bytes) continue;
-    return run_forward<Kind, false, kPenalty>(name, c, heads, l, stream);
+    if (l.bytes > most_bytes) continue;
+    run_forward<Kind, false, kPenalty>(name, c, heads, l, stream);
+    return true;
   }
+  return false;
+}
+
+// They are made again for each round of the cut.
+template <class Kind, bool kPenalty>
+void forward_again(const char* name, const ForwardCall& c, int64_t heads, void* stream) {
   for (const int row_groups : {8, 4, 2, 1}) {
-    for (const Choice& choice : {Choice{row_groups, 1, 64, 2, 0}, Choice{row_groups, 1, 32, 2, 0},
-                                 Choice{row_groups, 1, 32, 1, 0}}) {
+    for (const Choice& choice : {Choice{row_groups, 1, 64, 2}, Choice{row_groups, 1, 32, 2},
+                                 Choice{row_groups, 1, 32, 1}}) {
       const ForwardTiling l =
           tiling<Kind>(c, true, choice.row_groups, 1, choice.tile, choice.stages);
       if (l.bytes > kSharedBytes) continue;

@@ -7,19 +7,20 @@
 //   dS = scale · w · (dW − Δ),   Δ = Σ w · dW
 //   dq = dS k    dk = dS^T q    dv = w^T dO
 //
-// The forward pass over chosen keys saved a row's largest score and its sum of exponentials, and Δ is
-// dO · out; for dense attention attention_terms.cu finds these. One kernel then gives dq by blocks
-// of 64 queries, past which keys and values stream; one dk and dv by blocks of 64 keys, past which
-// queries and dO stream: nothing is added to by two blocks. Scores are made again in each,
-// transposed in the second, so that no result of a product is ever turned. Which keys were chosen is
-// read from the saved bits, a word a row and 32 keys; a warp passes over pieces of 32 keys of which
-// its sixteen queries chose none, a block over tiles of which none of its queries chose any.
+// The forward pass over chosen keys saved a row's largest score and its sum of exponentials, and Δ
+// is dO · out; for dense attention attention_terms.cu finds these. One kernel then gives dq by
+// blocks of 64 queries, past which keys and values stream; one dk and dv by blocks of 64 keys, past
+// which queries and dO stream: nothing is added to by two blocks. Scores are made again in each,
+// transposed in the second, so that no result of a product is ever turned. Which keys were chosen
+// is read from the saved bits, a word a row and 32 keys; a warp passes over pieces of 32 keys of
+// which its sixteen queries chose none, a block over tiles of which none of its queries chose any.
 //
 // On an H200, (64, 12, 197, 64) in bfloat16: seven products of 2 · 197² · 64 a head, 27 GFLOP, at
 // about 500 TFLOP/s of mma.sync 54 µs; it reads q, k, v, dO, out and writes three, 155 MB or 36 µs,
-// so that products are the floor. (4, 12, 4096, 64): 0.72 TFLOP, 1.5 ms. A piece of 32 keys costs a warp
-// 48 mma for dq (64 for dk and dv) and 20 ldmatrix of its own operands; 55 KB of shared memory a
-// block, so that four blocks share a multiprocessor. float32 by FMA: 60 TFLOP/s, 0.45 ms and 12 ms.
+// so that products are the floor. (4, 12, 4096, 64): 0.72 TFLOP, 1.5 ms. A piece of 32 keys costs a
+// warp 48 mma for dq (64 for dk and dv); 55 KB of shared memory and 160 registers a thread let
+// three blocks share a multiprocessor. float32 by FMA: 60 TFLOP/s, 0.45 ms and 12 ms. Nothing of
+// this was timed yet.
 #include "cuda/attention_gradients.cuh"
 
 namespace pyvit::cuda {

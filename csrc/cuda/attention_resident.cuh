@@ -6,7 +6,7 @@
 // with the values from where they are: nothing of the size of the scores leaves the registers.
 #pragma once
 
-#include "cuda/attention_forward.cuh"
+#include "cuda/attention_rows.cuh"
 
 namespace pyvit::cuda::attention {
 
@@ -61,7 +61,7 @@ __device__ RowRange range_of(const float (&scores)[kTiles][4], int r, int keys, 
   top = across_quad(top, Largest{});
   strange = across_quad(static_cast<unsigned>(bad), Union{}) != 0 || top == -INFINITY;
   return {top, across_quad(bottom, Least{}), across_quad(total, Sum{}),
-          across_quad(squares, Sum{}), !strange};
+          across_quad(squares, Sum{}), keys, !strange};
 }
 
 // Which keys of piece `p` have a weight that was not dropped, four bits a tile: the weights of the

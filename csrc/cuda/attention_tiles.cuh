@@ -219,8 +219,8 @@ __device__ void multiply_columns(float (&sums)[kTiles][4], const uint32_t (&w)[4
   }
 }
 
-// sums[m, n] += Σ_k w[m, k] · b[k, n] with w in the layout of results, 8 · kDeep terms. `scratch`: 16 rows of the warp's own, for
-// float32, whose operands do not have the layout of results.
+// The same for w in the layout of results, 8 · kDeep terms. `scratch`: 16 rows of the warp's own,
+// for float32, whose operands do not have the layout of results.
 template <class Kind, int kDeep, int kTiles>
 __device__ void multiply_columns(float (&sums)[kTiles][4], const float (&w)[kDeep][4],
                                  float* scratch, const typename Kind::Element* b, int pitch,

@@ -3,6 +3,9 @@
 #include "cuda/attention_forward.cuh"
 
 namespace pyvit::cuda {
+namespace {
+constexpr char kName[] = "attention_with_penalty";
+}
 
 void attention_with_penalty(DType dtype, bool tf32, const AttentionShape& shape, int64_t topk,
                             HeadRows q, HeadRows k, HeadRows v, HeadRows out,
@@ -11,8 +14,10 @@ void attention_with_penalty(DType dtype, bool tf32, const AttentionShape& shape,
     using Kind = decltype(kind);
     const attention::ForwardCall call =
         attention::forward_call<Kind>(shape, topk, q, k, v, out, saved);
-    attention::forward<Kind, true>("attention_with_penalty", call, shape.batch * shape.heads,
-                                   stream);
+    const int64_t heads = shape.batch * shape.heads;
+    if (!attention::forward_kept<Kind, true>(kName, call, heads, attention::kSharedBytes, stream)) {
+      attention::forward_again<Kind, true>(kName, call, heads, stream);
+    }
   });
 }
 

@@ -52,6 +52,7 @@ struct Bracket {
 // What is known of a row before it is cut.
 struct RowRange {
   float top, bottom, total, squares;
+  int count;      // of its scores
   bool searched;  // false for rows of NaN and those past the last
 };
 
@@ -77,11 +78,12 @@ __device__ void cut_rows(Scores& scores, const RowRange (&range)[2], int keys, i
   int probe[2], count[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float mean = range[r].total / keys;
-    const float variance = fmaxf(range[r].squares / keys - mean * mean, 0.0f);
+    const float mean = range[r].total / range[r].count;
+    const float variance = fmaxf(range[r].squares / range[r].count - mean * mean, 0.0f);
     guess[r] = fmaf(place, sqrtf(variance), mean);
     const int high = order_key(range[r].top) + 1;
-    bracket[r] = {range[r].searched ? order_key(range[r].bottom) : high - 1, high, keys, 0};
+    bracket[r] = {range[r].searched ? order_key(range[r].bottom) : high - 1, high,
+                  range[r].count, 0};
   }
 #pragma unroll 1
   for (int round = 0; scores.any(bracket[0].is_open(wanted) || bracket[1].is_open(wanted));
