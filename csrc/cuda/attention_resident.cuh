@@ -40,28 +40,35 @@ struct ResidentScores {
   }
 };
 
+// Of scores that are 0 past the last key: sums need no mask, and the least score may be taken for
+// less than it is. `top` is found after those have become -inf.
 template <int kTiles>
-__device__ RowRange range_of(const float (&scores)[kTiles][4], int r, int keys, int t,
-                             bool& strange) {
-  float top = -INFINITY, bottom = INFINITY, total = 0.0f, squares = 0.0f;
-  bool bad = false;
+__device__ RowRange range_of(const float (&scores)[kTiles][4], int r, int keys, bool& strange) {
+  float bottom = INFINITY, total = 0.0f, squares = 0.0f;
+  unsigned bad = 0;
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float score = scores[i][2 * r + half];
-      if (8 * i + 2 * t + half >= keys) continue;
-      top = fmaxf(top, score);
       bottom = fminf(bottom, score);
       total += score;
       squares = fmaf(score, score, squares);
       bad |= !(score < INFINITY);
     }
   }
-  top = across_quad(top, Largest{});
-  strange = across_quad(static_cast<unsigned>(bad), Union{}) != 0 || top == -INFINITY;
-  return {top, across_quad(bottom, Least{}), across_quad(total, Sum{}),
-          across_quad(squares, Sum{}), keys, !strange};
+  strange = across_quad(bad, Union{}) != 0;
+  return {-INFINITY, across_quad(bottom, Least{}), across_quad(total, Sum{}),
+          across_quad(squares, Sum{}), keys, false};
+}
+template <int kTiles>
+__device__ float top_of(const float (&scores)[kTiles][4], int r) {
+  float top = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    top = fmaxf(top, fmaxf(scores[i][2 * r], scores[i][2 * r + 1]));
+  }
+  return across_quad(top, Largest{});
 }
 
 // Which keys of piece `p` have a weight that was not dropped, four bits a tile: the weights of the
@@ -87,7 +94,7 @@ __global__ void __launch_bounds__(32 * kResidentWarps, kTiles <= 26 ? 3 : 2)
   using Kind = ByHalves<T>;
   constexpr int kPieces = (kTiles + kPieceTiles - 1) / kPieceTiles;
   const Quotient place(static_cast<int>(blockIdx.x), l.blocks);
-  const int64_t batch = place.quotient / c.heads, head = place.quotient % c.heads;
+  const int batch = place.quotient / c.heads, head = place.quotient % c.heads;
   const auto of_head = [&](const Source& s) {
     return static_cast<const T*>(s.data) + batch * s.stride[0] + head * s.stride[1];
   };
@@ -120,19 +127,27 @@ __global__ void __launch_bounds__(32 * kResidentWarps, kTiles <= 26 ? 3 : 2)
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const bool there = 8 * i + 2 * t + e % 2 < c.keys;
-        scores[i][e] = there ? scores[i][e] * c.scale : -INFINITY;
-      }
+      for (int e = 0; e < 4; ++e) scores[i][e] *= c.scale;
     }
     Weigher<Kind, false> weigher;
     {
       RowRange range[2];
 #pragma unroll
+      for (int r = 0; r < 2; ++r) range[r] = range_of(scores, r, c.keys, weigher.strange[r]);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (8 * i + 2 * t + e % 2 >= c.keys) scores[i][e] = -INFINITY;
+        }
+      }
+#pragma unroll
       for (int r = 0; r < 2; ++r) {
-        range[r] = range_of(scores, r, c.keys, t, weigher.strange[r]);
-        range[r].searched &= g + 8 * r < rows;
-        weigher.top[r] = range[r].top;
+        const float top = top_of(scores, r);
+        weigher.strange[r] |= top == -INFINITY;
+        range[r].top = top;
+        range[r].searched = !weigher.strange[r] && g + 8 * r < rows;
+        weigher.top[r] = top;
         weigher.cut[r] = {-INFINITY, c.keys - 1};
       }
       ResidentScores<kTiles> all{scores, t};
