@@ -26,7 +26,7 @@ EMULATION = ROOT / "tests/cuda_emulation"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or "c++"
 # Products and sums fuse nowhere but in fmaf, as nvcc is told in setup.py.
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-if " fma " in Path("/proc/cpuinfo").read_text():
+if _C.cpu_features().get("fma"):
     FLAGS.append("-mfma")  # fmaf by itself: else it is a call
 INCLUDES = [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]  # in this order: see cuda/hardware.h
 

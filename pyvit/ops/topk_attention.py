@@ -226,7 +226,7 @@ def _checked(op: str, q, k, v, topk, scale):
         _checks.fail(ValueError, op, "v", "of head dimension at least 1", _checks.shape_of(v))
     _checks.shape(op, "k", k, (batch, heads, k.shape[2], dim), " (q's batch, heads, dimension)")
     _checks.shape(op, "v", v, (batch, heads, k.shape[2], v.shape[3]), " (k's batch, heads, keys)")
-    if _library.runs_on_gpu(q) and max(dim, v.shape[3]) > _WIDEST_ON_GPU:
+    if _backends.runs_on_gpu(q) and max(dim, v.shape[3]) > _WIDEST_ON_GPU:
         raise NotImplementedError(
             f"pyvit.{op}: head dimensions beyond {_WIDEST_ON_GPU} (here {max(dim, v.shape[3])}) "
             "run on the CPU alone; move the tensors there with .cpu()"
