@@ -15,7 +15,7 @@ from pyvit.reference import topk_attention as reference
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 
 # Keys of which scores stay in registers, in shared memory, or go to lists; a tile's end and beyond.
-KEYS = [15, 32, 33, 128, 129, 208, 209, 256, 257, 640, 1500]
+KEYS = [15, 32, 33, 63, 128, 129, 208, 209, 256, 257, 640, 1500]
 
 
 @pytest.mark.usefixtures("backend")
