@@ -11,6 +11,7 @@ from pyvit.ops import _backends
 
 INTERPRETED = "triton-interpreted"
 EMULATED = "cuda-emulated"
+ON_PROCESSOR = (INTERPRETED, EMULATED)  # GPU kernels without a GPU: a thousand times slower
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_GPU = torch.cuda.is_available()
 CAN_EMULATE = platform.system() == "Linux" and platform.machine() == "x86_64"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 
 import hypothesis_shim
 import pytest
@@ -13,8 +12,6 @@ from backends import BACKENDS, EMULATED, INTERPRETED
 from recorded_ops import RecordedOps
 
 import pyvit
-
-CUDA_SOURCES = list((Path(__file__).resolve().parents[1] / "csrc/cuda").glob("*.cu"))
 
 hypothesis_shim.install()
 if INTERPRETED in BACKENDS:
@@ -96,19 +93,12 @@ def _has_kernel(item):
     backend = parameters.get("backend", "cpu")
     if backend == "cpu":
         return True
-    if backend in ("cuda", EMULATED) and not _has_cuda_source(item.path.stem):
-        return False
     refused = any(
         parameters.get(name) in values
         for marker in item.iter_markers("refused_on_gpu")
         for name, values in marker.kwargs.items()
     )
     return not refused and parameters.get("dtype") is not torch.float64
-
-
-def _has_cuda_source(test):
-    """Whether csrc/cuda has a file that tests/test_<op>….py is named after."""
-    return any(test.startswith(f"test_{source.stem}") for source in CUDA_SOURCES)
 
 
 # The marker with the parameters that a backend without a GPU is quick enough for.

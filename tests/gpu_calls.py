@@ -94,7 +94,7 @@ def _patch_embed(dtype):
     return Call(partial(named, ours), partial(named, exact), _draw(dtype, *shapes))
 
 
-def _attention(shape, topk: int, kind: str = "chosen") -> Callable[[torch.dtype], Call]:
+def attention(shape, topk: int, kind: str = "chosen") -> Callable[[torch.dtype], Call]:
     def make(dtype):
         tensors = _draw(dtype, shape, shape, shape)
         selection = own_selection(*tensors, topk)
@@ -144,10 +144,10 @@ CALLS: dict[str, Callable[[torch.dtype], Call]] = {
     "unfold": _unfold,
     "fold": _fold,
     "patch_embed": _patch_embed,
-    "topk_attention": _attention((2, 3, 197, 64), 32),
-    "topk_attention, streamed": _attention((1, 2, 1100, 64), 64),
+    "topk_attention": attention((2, 3, 197, 64), 32),
+    "topk_attention, streamed": attention((1, 2, 1100, 64), 64),
     "dense attention": _dense_attention,
-    "attention_with_penalty": _attention((2, 3, 197, 64), 32, "penalty"),
+    "attention_with_penalty": attention((2, 3, 197, 64), 32, "penalty"),
     "projected_step linf": _projected_step("linf"),
     "projected_step momentum": _projected_step("linf", momentum=True),
     "projected_step l2": _projected_step("l2"),

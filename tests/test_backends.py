@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from backends import CAN_EMULATE, HAS_GPU, HAS_TRITON
-from gpu_calls import CALLS
-
-from pyvit.ops import _backends
+from gpu_calls import CALLS, attention
 
 if CAN_EMULATE and not HAS_GPU:
     from cuda_emulator import Order, emulated, load, schedule
 
     load()
     SCHEDULES = [
-        *itertools.product([Order.FORWARD, Order.BACKWARD], [0], [False, True]),
+        (Order.FORWARD, 0, False),
+        (Order.BACKWARD, 0, True),
         (Order.SHUFFLED, 1, False),
         (Order.SHUFFLED, 2, True),
     ]
@@ -48,14 +45,12 @@ def test_the_order_of_threads_does_not_matter(name, dtype):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("forward", ["triton", "cuda"])
-@pytest.mark.parametrize("name", ["topk_attention", "attention_with_penalty"])
-def test_a_gradient_by_the_other_kernels(name, forward):
+@pytest.mark.parametrize("kind", ["chosen", "penalty"])
+def test_a_gradient_by_the_other_kernels(kind, forward):
     """What one kind saves for the backward pass, the other kind reads."""
-    if not _backends.has_cuda_op("topk_attention_backward", "CPU"):
-        pytest.skip("there is no CUDA C++ kernel for attention")
     from triton_interpreter import interpreted
 
-    call = CALLS[name](torch.float32)
+    call = attention((1, 2, 41, 40), 8, kind)(torch.float32)
     first, second = (interpreted, emulated) if forward == "triton" else (emulated, interpreted)
 
     def by_the_first(*tensors):

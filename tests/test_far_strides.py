@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from backends import INTERPRETED
+from backends import ON_PROCESSOR
 
 from pyvit.ops import conv2d, linear, patch_embed, unfold
 
@@ -22,7 +22,7 @@ LONGEST = 4  # indices along the axis that is far
 @pytest.fixture
 def apart(backend):
     """Copies of small tensors in memory of which only the pages in use are real."""
-    if backend not in ("cpu", INTERPRETED):
+    if backend not in ("cpu", *ON_PROCESSOR):
         pytest.skip("the memory is the host's")
     maps = []
 

@@ -50,7 +50,7 @@ class OnGpu:
 @pytest.fixture
 def forgetful():
     """What was found out about the backends is found out anew, in the test and after it."""
-    found = (_backends.triton_problem, _backends.cuda_problem, _backends.problem, _backends.choose)
+    found = (_backends.triton_problem, _backends.cuda_problem, _backends.choose)
     for function in found:
         function.cache_clear()
     yield
@@ -100,7 +100,7 @@ def test_an_unknown_backend_is_refused():
 @pytest.mark.parametrize("table", ["triton", "cuda"])
 def test_auto_takes_what_the_table_says_where_it_can_run(monkeypatch, forgetful, table):
     problems = {"triton": "", "cuda": ""}
-    monkeypatch.setattr(_backends, "problem", lambda kind, name: problems[kind])
+    monkeypatch.setattr(_backends, "problem", lambda kind: problems[kind])
     monkeypatch.setitem(_backends.AUTOMATIC, "conv2d", table)
     other = "cuda" if table == "triton" else "triton"
     assert _backends.choose("conv2d", "auto") == (table, "")

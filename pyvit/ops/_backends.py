@@ -151,36 +151,26 @@ def cuda_problem() -> str:
     return ""
 
 
-def has_cuda_op(name: str, key: str = "CUDA") -> bool:
-    """Whether the library that was loaded has a kernel for ``pyvit::<name>``."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pyvit_cuda::{name}", key)
-
-
 # ---- the choice ---------------------------------------------------------------------------------
 
 
-@functools.cache
-def problem(kind: str, name: str) -> str:
-    """Why a backend cannot run an op here; "" where it can."""
-    if kind == "triton":
-        return triton_problem()
-    if not cuda_problem() and not has_cuda_op(name):
-        return "there is no CUDA C++ kernel for this op"
-    return cuda_problem()
+def problem(kind: str) -> str:
+    """Why a backend cannot run here; "" where it can."""
+    return triton_problem() if kind == "triton" else cuda_problem()
 
 
 @functools.cache
 def choose(name: str, asked: str) -> tuple[str, str]:
     """What runs an op: ("triton" or "cuda", ""), or ("", why nothing can)."""
     if asked != "auto":
-        reason = problem(asked, name)
+        reason = problem(asked)
         return (asked, "") if not reason else ("", f"backend {asked!r} is asked for, but {reason}")
     first = AUTOMATIC.get(name, "triton")
     second = "cuda" if first == "triton" else "triton"
     for kind in (first, second):
-        if not problem(kind, name):
+        if not problem(kind):
             return kind, ""
-    return "", f"{problem(first, name)}; or {problem(second, name)}"
+    return "", f"{problem(first)}; or {problem(second)}"
 
 
 @functools.cache
