@@ -4,6 +4,7 @@
 #   PYTHON       the interpreter that .venv is made with
 #   TORCH        what is installed where PYTHON has no torch that is new enough
 #   TRITON       for make aot: a version of Triton that is not the one in .venv
+#   WORKERS      processes that share the tests, each with torch's threads
 #   TORCH_INDEX  package index to take it from. On Linux the common index has a torch of several
 #                gigabytes, with CUDA; PyTorch's own index has one for the CPU (pytorch.org,
 #                "Get started", Compute platform: CPU, shows its address).
@@ -11,6 +12,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+WORKERS ?= 2
 TRITON ?=
 VENV ?= .venv
 ARGS ?=
@@ -37,7 +39,7 @@ demo: $(VENV)/.demo ## train, attack and compare on real images; writes demo.png
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.dev ## every test (ARGS="-k conv2d" for some)
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests -n $(WORKERS) $(ARGS)
 
 bench: $(VENV)/.bench ## every kernel against PyTorch; writes bench.json and bench.png
 	$(BIN)/python -m pyvit bench --json bench.json --plot bench.png $(ARGS)
@@ -53,14 +55,15 @@ lint: $(VENV)/.dev ## ruff and mypy
 # Built into a folder of its own, which stands before the checkout on the path (the pytest script,
 # unlike python -m pytest, leaves the working directory off it). Compilers started by torch.compile
 # are slow under sanitizers, and Triton's interpreter has nothing to do with what was built: those
-# tests stay out.
+# tests stay out. Emulated CUDA kernels run once for every op, in several orders of their threads.
 asan: $(VENV)/.dev ## op tests under address and undefined-behaviour sanitizers (OPS="conv2d")
 	PYVIT_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)"; \
 	cd tests && \
 	../$(BIN)/python -c 'import pyvit._C as c; assert c.build_info()["sanitized"], c.__file__' && \
-	../$(BIN)/pytest -p no:cacheprovider $(OPS:%=test_%*.py) -k "not compile and not triton"
+	../$(BIN)/pytest -n $(WORKERS) -p no:cacheprovider $(OPS:%=test_%*.py) test_backends.py \
+	    -k "not compile and not triton and not cuda-emulated and not other_kernels"
 
 # Another version than .venv's is compiled with from a folder of its own, first on the path.
 aot: $(VENV)/.dev ## the Triton kernels compiled for sm_80 and sm_90, no GPU needed (TRITON=3.6.0)
