@@ -76,7 +76,7 @@ aot: $(VENV)/.dev ## the Triton kernels compiled for sm_80 and sm_90, no GPU nee
 nvcc: $(VENV)/.dev ## the CUDA kernels compiled for sm_80 and sm_90a, no GPU needed
 	@[ -n "$$CUDA_HOME" ] || command -v nvcc >/dev/null || [ -d build/nvcc ] || \
 	    $(PIP) install --no-deps --target build/nvcc $(NVCC_PACKAGES)
-	$(BIN)/python benchmarks/nvcc.py --json build/nvcc.json $(ARGS)
+	$(BIN)/python benchmarks/nvcc.py --launches --json build/nvcc.json $(ARGS)
 
 wheel: $(VENV)/.torch ## a wheel in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,9 +1,10 @@
 """csrc/cuda compiled for sm_80 and sm_90a, on any machine; a spilled register fails.
 
-Prints for every kernel what the compiler made of it: registers, bytes spilled and on the stack,
-tensor-core instructions, and blocks that a multiprocessor can hold by its registers (shared memory
-is asked for at the launch and not known here). Takes nvcc from CUDA_HOME, else from the path, else
-from build/nvcc, where `make nvcc` puts one.
+Prints for every kernel what the compiler made of it: registers, bytes spilled and on the stack, and
+tensor-core instructions. Threads and shared memory are asked for at a launch: with --launches every
+op of tests/gpu_calls.py is run by the emulation, and the largest launch of each kernel is told,
+with the blocks that a multiprocessor holds of it. Takes nvcc from CUDA_HOME, else from the path,
+else from build/nvcc, where `make nvcc` puts one.
 
     python benchmarks/nvcc.py --only attention
 """
@@ -28,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90a")
 # As in setup.py: products and sums fuse where fmaf says so and nowhere else.
 FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
-REGISTERS = 65536  # of a multiprocessor, sm_80 and sm_90
+# Of a multiprocessor: registers, threads, and bytes of shared memory by architecture.
+REGISTERS, THREADS, SHARED = 65536, 2048, {"80": 164 << 10, "90a": 228 << 10}
 
 
 @dataclasses.dataclass
@@ -40,6 +42,15 @@ class Kernel:
     spilled: int = 0  # bytes stored
     stack: int = 0  # bytes
     matrix: int = 0  # tensor-core instructions
+    threads: int = 0  # of a block, in the largest launch; 0 where there was none
+    shared: int = 0  # bytes, likewise
+
+    @property
+    def blocks(self) -> int:
+        """At once on a multiprocessor; registers are given out by warps, 256 at a time."""
+        of_warp = -(-self.registers * 32 // 256) * 256
+        by_registers = REGISTERS // (of_warp * -(-self.threads // 32))
+        return min(by_registers, THREADS // self.threads, SHARED[self.arch] // (self.shared + 1024))
 
     @property
     def problems(self) -> list[str]:
@@ -125,17 +136,42 @@ def compile_source(nvcc: Path, source: Path, arch: str) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: kernel.name)
 
 
+def add_launches(kernels: list[Kernel]) -> None:
+    """Threads and shared memory, from the emulation of every op in every type."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import torch
+    from cuda_emulator import emulated, launches
+    from gpu_calls import CALLS
+
+    with emulated():
+        for call in CALLS.values():
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                call(dtype).results()
+    found = launches()
+    names = demangled(list(found))
+    # The emulation's own types of 16 bits.
+    of_host = [(r"\bbfloat16\b", "__nv_bfloat16"), (r"\bfloat16\b", "__half")]
+    by_name = {}
+    for symbol, launch in found.items():
+        name = names[symbol]
+        for pattern, replacement in of_host:
+            name = re.sub(pattern, replacement, name)
+        by_name[name] = launch
+    for kernel in kernels:
+        kernel.threads, kernel.shared = by_name.get(kernel.name, (0, 0))
+
+
 def print_table(kernels: list[Kernel]) -> None:
-    print("  arch  registers  spilled  stack  matrix  threads  kernel")
+    print("  arch  registers  spilled  stack  matrix  threads   shared  blocks  kernel")
     source = ""
     for k in kernels:
         if k.source != source:
             source = k.source
             print(f"\n{source}")
-        held = REGISTERS // max(k.registers, 1) // 32 * 32
+        launch = f"{k.threads:>7}  {k.shared / 1024:>4.0f} KB  {k.blocks:>6}" if k.threads else ""
         print(
             f"  {k.arch:>4}  {k.registers:>9}  {k.spilled:>7}  {k.stack:>5}  {k.matrix:>6}  "
-            f"{min(held, 2048):>7}  {k.name}"
+            f"{launch:>24}  {k.name}"
         )
         for problem in k.problems:
             print(f"        FAILS: {problem}")
@@ -149,6 +185,8 @@ def main(given: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only files with it in the name")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at once")
+    told = "run every op in the emulation and tell threads, shared memory, blocks (a minute)"
+    parser.add_argument("--launches", action="store_true", help=told)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     options = parser.parse_args(given)
     nvcc = find_nvcc()
@@ -168,6 +206,8 @@ def main(given: list[str] | None = None) -> int:
             print(error)
             return 1
     kernels = [kernel for result in results for kernel in result]
+    if options.launches:
+        add_launches(kernels)
     print_table(kernels)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

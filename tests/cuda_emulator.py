@@ -88,6 +88,21 @@ def load() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+def launches() -> dict[str, tuple[int, int]]:
+    """The kernels launched so far, by their symbols: most threads and most shared memory."""
+    library = load()
+    library.pyvit_emulation_launches.restype = ctypes.c_char_p
+    lines = library.pyvit_emulation_launches().decode().splitlines()
+    symbols = subprocess.run(["nm", library._name], capture_output=True, text=True, check=True)
+    names = {
+        int(line[:16], 16): line.split()[-1]
+        for line in symbols.stdout.splitlines()
+        if line[:1] != " "
+    }
+    found = (map(int, line.split()) for line in lines)
+    return {names[place]: (threads, shared) for place, threads, shared in found}
+
+
 @contextlib.contextmanager
 def schedule(order: Order, seed: int = 0, late: bool = False) -> Iterator[None]:
     """How launches are run while it lasts: see cuda_emulation/block.h."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from backends import CAN_EMULATE, HAS_GPU, HAS_TRITON
@@ -41,6 +43,36 @@ def test_the_order_of_threads_does_not_matter(name, dtype):
     assert not any(result.isnan().any() for result in results[0])
     for chosen, result in zip(SCHEDULES, results, strict=True):
         assert same(result, results[0]), f"differs with {chosen}"
+
+
+PRODUCTS = ["conv2d 3x3", "conv2d stem", "linear", "patch_embed", "dense attention"]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_tf32_where_torchs_switches_allow_it(name):
+    """Then operands have ten bits of fraction: results differ, and by no more than that."""
+    with emulated():
+        call = CALLS[name](torch.float32)
+        exact = call.results()
+        with tf32_allowed():
+            rounded = call.results()
+    for result, truth in zip(rounded, exact, strict=True):
+        error = (result - truth).norm() / truth.norm()
+        assert error < 2**-10  # two operands, each within 2^-11, and errors of either sign
+    assert not same(rounded, exact)
+
+
+@contextlib.contextmanager
+def tf32_allowed():
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

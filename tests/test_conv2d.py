@@ -53,6 +53,7 @@ SHAPES = {
 
 
 # Those that Triton's interpreter is quick enough for.
+QUICK_TO_EMULATE = [shape for shape in SHAPES if shape != "large-image"]
 INTERPRETED_SHAPES = [
     *("3x3", "pointwise-strided", "strided-groups", "all-different", "depthwise-doubled", "deep"),
     *("stride-beyond-kernel", "one-pixel", "all-padding", "wide-padding", "one-row", "dilated"),
@@ -69,7 +70,7 @@ def with_gradients(function, arguments, geometry, grad):
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.interpreted(shape=INTERPRETED_SHAPES, dtype=[torch.float32, torch.bfloat16])
-@pytest.mark.emulated(shape=[shape for shape in SHAPES if shape != "large-image"])
+@pytest.mark.emulated(shape=QUICK_TO_EMULATE)
 @pytest.mark.accuracy
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,6 +238,7 @@ def test_nan_stays_where_it_is_read():
 @pytest.mark.usefixtures("backend")
 @pytest.mark.interpreted(shape=["strided-groups"])
 @pytest.mark.accuracy
+@pytest.mark.emulated(shape=QUICK_TO_EMULATE)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
     "shape",

@@ -7,8 +7,11 @@ import re
 import subprocess
 
 import pytest
+import torch
 from backends import CAN_EMULATE
-from cuda_emulator import COMPILER, EMULATION, FLAGS, INCLUDES, Order
+from cuda_emulator import COMPILER, EMULATION, FLAGS, INCLUDES, Order, emulated, launches
+
+import pyvit
 
 THREADS = 128
 
@@ -97,3 +100,10 @@ def test_a_broken_rule_stops_the_kernel(faults, name, message, order):
 def test_fragments_multiply_as_documented(faults, kind):
     """Against a plain product; fragments are filled element by element, or by ldmatrix."""
     assert faults(f"product {kind}", Order.SHUFFLED).stdout == "equal"
+
+
+def test_launches_are_told_by_their_kernels():
+    with emulated():
+        pyvit.unfold(torch.zeros(1, 1, 40, 40), 3)
+    found = {name: launch for name, launch in launches().items() if "unfold_kernel" in name}
+    assert found and all(launch == (256, 0) for launch in found.values())

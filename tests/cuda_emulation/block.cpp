@@ -1,9 +1,12 @@
 #include "block.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <new>
 #include <numeric>
 #include <random>
@@ -31,6 +34,16 @@ std::vector<int64_t> ordered(int64_t n, uint64_t salt) {
     std::shuffle(order.begin(), order.end(), random);
   }
   return order;
+}
+
+// The largest block of each kernel so far.
+struct Launched {
+  unsigned threads = 0;
+  size_t shared_bytes = 0;
+};
+std::map<const void*, Launched>& launched() {
+  static std::map<const void*, Launched> kernels;
+  return kernels;
 }
 
 void perform(const Copy& copy) {
@@ -216,8 +229,8 @@ void Block::wait_for_groups(int pending) {
   mine.copies.erase(mine.copies.begin(), still);
 }
 
-void run_grid(const char* name, Index3 grid, unsigned threads, size_t shared_bytes,
-              const std::function<void()>& thread) {
+void run_grid(const char* name, const void* kernel, Index3 grid, unsigned threads,
+              size_t shared_bytes, const std::function<void()>& thread) {
   static std::vector<std::unique_ptr<Block>> of_size(kMostThreads + 1);
   if (threads == 0 || threads > kMostThreads) {
     throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads) +
@@ -227,6 +240,8 @@ void run_grid(const char* name, Index3 grid, unsigned threads, size_t shared_byt
     throw std::runtime_error(std::string(name) + ": " + std::to_string(shared_bytes) +
                              " bytes of shared memory");
   }
+  Launched& most = launched()[kernel];
+  most = {std::max(most.threads, threads), std::max(most.shared_bytes, shared_bytes)};
   auto& block = of_size[threads];
   if (!block) block = std::make_unique<Block>(static_cast<int>(threads));
   try {
@@ -249,4 +264,18 @@ extern "C" __attribute__((visibility("default"))) void pyvit_emulation_schedule(
                                                                                uint64_t seed,
                                                                                int late) {
   emulation::schedule() = {static_cast<emulation::Schedule::Order>(order), seed, late != 0};
+}
+
+// A line for each kernel that was launched: where it is in this library, threads, shared memory.
+extern "C" __attribute__((visibility("default"))) const char* pyvit_emulation_launches() {
+  static std::string lines;
+  lines.clear();
+  Dl_info library{};
+  dladdr(reinterpret_cast<const void*>(&pyvit_emulation_launches), &library);
+  for (const auto& [kernel, most] : emulation::launched()) {
+    lines += std::to_string(static_cast<const char*>(kernel) -
+                            static_cast<const char*>(library.dli_fbase)) +
+             " " + std::to_string(most.threads) + " " + std::to_string(most.shared_bytes) + "\n";
+  }
+  return lines.c_str();
 }

@@ -110,8 +110,8 @@ class Block {
 
 Block& present();  // whose thread is running
 
-// All blocks of a grid, one after another.
-void run_grid(const char* name, Index3 grid, unsigned threads, size_t shared_bytes,
+// All blocks of a grid, one after another. The kernel's address tells what was launched.
+void run_grid(const char* name, const void* kernel, Index3 grid, unsigned threads, size_t shared_bytes,
               const std::function<void()>& thread);
 
 }  // namespace emulation

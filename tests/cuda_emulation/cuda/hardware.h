@@ -180,9 +180,9 @@ template <class... P>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
             size_t shared_bytes, void* /*stream*/, P... arguments) {
   if (blocks == 0) return;
-  emulation::run_grid(name, {static_cast<unsigned>(blocks), 1, 1},
-                      static_cast<unsigned>(threads), shared_bytes,
-                      [&] { kernel(arguments...); });
+  emulation::run_grid(name, reinterpret_cast<const void*>(kernel),
+                      {static_cast<unsigned>(blocks), 1, 1}, static_cast<unsigned>(threads),
+                      shared_bytes, [&] { kernel(arguments...); });
 }
 
 }  // namespace pyvit::cuda
