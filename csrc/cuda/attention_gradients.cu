@@ -350,8 +350,8 @@ void attention_gradients(DType dtype, bool tf32, const AttentionShape& s,
     const int64_t heads = s.batch * s.heads;
     if (s.dim <= 64 && s.value_dim <= 64) {
       run_gradients<Kind, 8>(c, heads, stream);
-    } else {
-      run_gradients<Kind, 16>(c, heads, stream);
+    } else {  // operands of fused products take registers that sums of 128 columns leave too few of
+      run_gradients<Kind, Kind::kFused ? 12 : 16>(c, heads, stream);
     }
   });
 }

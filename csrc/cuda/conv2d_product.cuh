@@ -98,7 +98,8 @@ __device__ void write_tile(const TapSums& a, const Stage<P>& stage, const Source
 }
 
 template <class P, bool kAsync>
-__global__ void __launch_bounds__(P::kThreads, kResident<P, kAsync>) taps_kernel(TapSums a, Tiling tiling) {
+__global__ void __launch_bounds__(P::kThreads, kResident<P, kAsync>)
+    taps_kernel(TapSums a, Tiling tiling) {
   using E = typename P::Element;
   constexpr int kTerms = kSlabBytes / sizeof(E);
   using Left = Slab<E, P::kM, kTerms, true>;
