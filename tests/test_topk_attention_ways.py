@@ -56,6 +56,18 @@ def test_scores_in_order(order, backend):
         assert torch.equal(selection, reference.select(scores.float(), topk)), topk
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.interpreted(topk=[])  # a minute each
+@pytest.mark.parametrize("topk", [1, 64, 1000, 16_383])
+def test_sixteen_thousand_keys(topk):
+    q, k, v = tensors((1, 1, 3, 16_384, 32, 16), torch.float32)
+    selection = own_selection(q, k, v, topk)
+    assert_selects_largest(selection, q, k, topk)
+    out, exact = topk_attention(q, k, v, topk), [a.double() for a in (q, k, v)]
+    truth = reference.topk_attention(*exact, 0, selection=selection)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.interpreted(keys=[40])
 @pytest.mark.parametrize("keys", [40, 197, 400, 1300])
 def test_values_that_are_not_finite(keys, backend):
