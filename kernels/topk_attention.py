@@ -61,7 +61,7 @@ def forward_configuration(
     if width > 128:
         return _tile(64, 32, 32)
     if capability >= 90:
-        return _tile(128, 64, width)
+        return _tile(128, 64 if width <= 64 else 32, width)
     return _tile(128 if width > 32 else 64, 32, width if width <= 64 else 32)
 
 
