@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90a")
 # As in setup.py: products and sums fuse where fmaf says so and nowhere else.
 FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"]
-# Of a multiprocessor: registers, threads, and bytes of shared memory by architecture.
-REGISTERS, THREADS, SHARED = 65536, 2048, {"80": 164 << 10, "90a": 228 << 10}
+# Of a multiprocessor: registers, threads, blocks, and bytes of shared memory by architecture.
+REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, {"80": 164 << 10, "90a": 228 << 10}
 
 
 @dataclasses.dataclass
@@ -50,7 +50,8 @@ class Kernel:
         """At once on a multiprocessor; registers are given out by warps, 256 at a time."""
         of_warp = -(-self.registers * 32 // 256) * 256
         by_registers = REGISTERS // (of_warp * -(-self.threads // 32))
-        return min(by_registers, THREADS // self.threads, SHARED[self.arch] // (self.shared + 1024))
+        by_shared = SHARED[self.arch] // (self.shared + 1024)
+        return min(by_registers, THREADS // self.threads, BLOCKS, by_shared)
 
     @property
     def problems(self) -> list[str]:
@@ -69,7 +70,7 @@ def find_nvcc() -> Path | None:
 
 def demangled(names: list[str]) -> dict[str, str]:
     """Without namespaces and parameters: ``conv2d_kernel<float, 64>``."""
-    if not shutil.which("c++filt"):
+    if not names or not shutil.which("c++filt"):  # without names it would wait for its input
         return {name: name for name in names}
     run = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
     short = {}

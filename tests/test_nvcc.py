@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -54,6 +56,16 @@ def test_spills_are_found(tmp_path):
 def test_what_nvcc_refuses_is_told(tmp_path):
     with pytest.raises(RuntimeError, match=r"kernel\.cu, sm_80: nvcc refuses it"):
         compiled(tmp_path, "__global__ void broken(float* x) { x = y; }")
+
+
+def test_a_file_without_kernels(tmp_path, monkeypatch):
+    read, write = os.pipe()  # a terminal's input, which does not end
+    monkeypatch.setattr(
+        gate.subprocess, "run", functools.partial(gate.subprocess.run, stdin=read, timeout=60)
+    )
+    assert compiled(tmp_path, "int host() { return 1; }") == []
+    os.close(read)
+    os.close(write)
 
 
 def test_an_unknown_file_is_told(capsys):
