@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate, assert_within_rounding
+from backends import EMULATED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
@@ -152,6 +153,24 @@ def test_empty_batch():
     assert fold(cols, 8, 3).shape == (0, 3, 8, 8)
     cols.sum().backward()
     assert x.grad.shape == x.shape
+
+
+def test_steps_beyond_32_bits(backend):
+    if backend not in ("cpu", EMULATED, "cuda"):
+        pytest.skip("Triton's numbers are of 32 bits")
+    far = 1 << 32
+    x = torch.randn(2, 3, 4, 5)
+    cols = unfold(x, (2, 1), (1, far), 0, far)
+    assert torch.equal(cols, x[:, :, :2, :1].reshape(2, 6, 1))
+    folded = torch.zeros_like(x)
+    folded[:, :, :2, :1] = x[:, :, :2, :1]
+    assert torch.equal(fold(cols, (4, 5), (2, 1), (1, far), 0, far), folded)
+    if backend == "cpu":
+        nine = unfold(x, 1, padding=far, stride=far)[0, 0].tolist()
+        assert nine == [0, 0, 0, 0, x[0, 0, 0, 0], 0, 0, 0, 0]
+    else:
+        with pytest.raises(RuntimeError, match=r"pyvit\.unfold: .* pixels across an image"):
+            unfold(x, 1, padding=far, stride=far)
 
 
 @pytest.mark.usefixtures("backend")

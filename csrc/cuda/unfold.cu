@@ -4,6 +4,8 @@
 // it reads, and its reads stay in the cache.
 #include "cuda/unfold.h"
 
+#include <algorithm>
+
 #include "cuda/divide.h"
 #include "cuda/dtypes.h"
 
@@ -21,16 +23,20 @@ struct Geometry {
   int stride[2], padding[2], dilation[2];
   int64_t image_stride[4];
 
-  Geometry(const UnfoldShape& s, const int64_t (&strides)[4])
-      : height(s.height), width(s.width), patches(s.grid[0] * s.grid[1]),
-        elements(s.channels * s.kernel[0] * s.kernel[1]), columns(s.grid[1]),
-        kernel_area(s.kernel[0] * s.kernel[1]), kernel_x(s.kernel[1]) {
+  Geometry(const char* op, const UnfoldShape& s, const int64_t (&strides)[4])
+      : height(static_cast<int>(s.height)), width(static_cast<int>(s.width)),
+        patches(counted(op, s.grid[0] * s.grid[1], "patches of an image")),
+        elements(counted(op, s.channels * s.kernel[0] * s.kernel[1], "elements of a patch")),
+        columns(s.grid[1]), kernel_area(s.kernel[0] * s.kernel[1]), kernel_x(s.kernel[1]) {
+    const int64_t size[2] = {s.height, s.width};
     for (int axis = 0; axis < 2; ++axis) {
-      stride[axis] = s.stride[axis];
-      padding[axis] = s.padding[axis];
-      dilation[axis] = s.dilation[axis];
+      const int across = counted(op, size[axis] + 2 * s.padding[axis], "pixels across an image");
+      padding[axis] = static_cast<int>(s.padding[axis]);
+      // What reaches beyond the image, to no second patch or element, may be of any size.
+      stride[axis] = static_cast<int>(s.grid[axis] > 1 ? s.stride[axis] : across);
+      dilation[axis] = static_cast<int>(s.kernel[axis] > 1 ? s.dilation[axis] : 1);
     }
-    for (int i = 0; i < 4; ++i) image_stride[i] = strides[i];
+    std::copy(strides, strides + 4, image_stride);
   }
 };
 
@@ -89,44 +95,41 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+struct FoldDivisors {
+  Divisor chunks, channels, width, stride[2], dilation[2];
+};
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    fold_kernel(const T* columns, T* image, Geometry g, Divisor chunks, Divisor pixels,
-                Divisor width, Divisor step_y, Divisor step_x, int kernel_y, int channels,
+    fold_kernel(const T* columns, T* image, Geometry g, FoldDivisors by, int rows, int kernel_y,
                 int64_t stride_b, int64_t stride_k, int64_t stride_l) {
-  const Quotient place(blockIdx.x, chunks);
-  const int64_t plane = place.quotient;  // an image's channel
-  const int pixel = place.rest * kThreads + threadIdx.x;
-  if (pixel >= static_cast<int>(pixels.by)) return;
-  const Quotient at(pixel, width);
+  const Quotient place(blockIdx.x, by.chunks), plane(place.quotient, by.channels);
+  const int pixel = place.rest * kThreads + threadIdx.x, pixels = g.height * g.width;
+  if (pixel >= pixels) return;
+  const Quotient at(pixel, by.width);
   const int y = at.quotient + g.padding[0], x = at.rest + g.padding[1];
-  const int64_t batch = plane / channels;
-  const int channel = static_cast<int>(plane - batch * channels);
-  const int rows = g.patches / static_cast<int>(g.columns.by);
-  const int kernel_x = static_cast<int>(g.kernel_x.by);
+  const int across = static_cast<int>(g.columns.by), kernel_x = static_cast<int>(g.kernel_x.by);
+  columns += plane.quotient * stride_b;
   float total = 0.0f;
-  columns += batch * stride_b;
-  for (int i = 0; i < kernel_y; ++i) {
-    const int from_y = y - i * g.dilation[0];
-    if (from_y < 0) break;
-    const Quotient row(from_y, step_y);
-    if (row.rest != 0 || row.quotient >= rows) continue;
-    for (int j = 0; j < kernel_x; ++j) {
-      const int from_x = x - j * g.dilation[1];
-      if (from_x < 0) break;
-      const Quotient column(from_x, step_x);
-      if (column.rest != 0 || column.quotient >= static_cast<int>(g.columns.by)) continue;
-      const int64_t element = (static_cast<int64_t>(channel) * kernel_y + i) * kernel_x + j;
-      const int64_t patch = static_cast<int64_t>(row.quotient) * g.columns.by + column.quotient;
-      total += widen(columns[element * stride_k + patch * stride_l]);
+  // The patches that may have the pixel, from the last back: so go the taps from the first on.
+  for (int row = min(Quotient(y, by.stride[0]).quotient, rows - 1); row >= 0; --row) {
+    const Quotient i(y - row * g.stride[0], by.dilation[0]);
+    if (i.quotient >= kernel_y) break;
+    if (i.rest != 0) continue;
+    const int first = (plane.rest * kernel_y + i.quotient) * kernel_x;
+    for (int column = min(Quotient(x, by.stride[1]).quotient, across - 1); column >= 0; --column) {
+      const Quotient j(x - column * g.stride[1], by.dilation[1]);
+      if (j.quotient >= kernel_x) break;
+      if (j.rest != 0) continue;
+      total += widen(columns[(first + j.quotient) * stride_k + (row * across + column) * stride_l]);
     }
   }
-  image[plane * pixels.by + pixel] = narrow<T>(total);
+  image[static_cast<int64_t>(place.quotient) * pixels + pixel] = narrow<T>(total);
 }
 
 template <class E>
 void launch_unfold(const UnfoldShape& shape, View4 image, void* columns, void* stream) {
-  const Geometry geometry(shape, image.stride);
+  const Geometry geometry("unfold", shape, image.stride);
   int threads_across = kThreads;  // the fewest that cover a row
   while (threads_across > 1 && threads_across / 2 * kRun >= geometry.patches) threads_across /= 2;
   const int64_t wide = threads_across * kRun, tall = kThreads / threads_across * kRows;
@@ -139,15 +142,21 @@ void launch_unfold(const UnfoldShape& shape, View4 image, void* columns, void* s
 
 template <class T>
 void launch_fold(const UnfoldShape& shape, ColumnView columns, void* image, void* stream) {
-  const Geometry geometry(shape, {});
-  const int64_t pixels = shape.height * shape.width;
+  const Geometry geometry("fold", shape, {});
+  const int64_t pixels = counted("fold", shape.height * shape.width, "pixels of an image");
   const int64_t chunks = (pixels + kThreads - 1) / kThreads;
+  FoldDivisors by;
+  by.chunks = Divisor(chunks);
+  by.channels = Divisor(shape.channels);
+  by.width = Divisor(shape.width);
+  for (int axis = 0; axis < 2; ++axis) {
+    by.stride[axis] = Divisor(geometry.stride[axis]);
+    by.dilation[axis] = Divisor(geometry.dilation[axis]);
+  }
   launch("fold", fold_kernel<T>, shape.batch * shape.channels * chunks, kThreads, 0, stream,
-         static_cast<const T*>(columns.data), static_cast<T*>(image), geometry, Divisor(chunks),
-         Divisor(pixels), Divisor(shape.width), Divisor(shape.stride[0]),
-         Divisor(shape.stride[1]), static_cast<int>(shape.kernel[0]),
-         static_cast<int>(shape.channels), columns.stride[0], columns.stride[1],
-         columns.stride[2]);
+         static_cast<const T*>(columns.data), static_cast<T*>(image), geometry, by,
+         static_cast<int>(shape.grid[0]), static_cast<int>(shape.kernel[0]), columns.stride[0],
+         columns.stride[1], columns.stride[2]);
 }
 
 }  // namespace
