@@ -114,6 +114,17 @@ def schedule(order: Order, seed: int = 0, late: bool = False) -> Iterator[None]:
         set_schedule(int(Order.FORWARD), ctypes.c_uint64(0), 0)
 
 
+@contextlib.contextmanager
+def shared_memory(most: int) -> Iterator[None]:
+    """Blocks of launches while it lasts have at most that many bytes; else 163 KB, as sm_80."""
+    set_most = load().pyvit_emulation_shared_memory
+    set_most(ctypes.c_uint64(most))
+    try:
+        yield
+    finally:
+        set_most(ctypes.c_uint64(163 << 10))
+
+
 def any_schedule(name: str) -> contextlib.AbstractContextManager[None]:
     """One of the schedules, always the same one for a name."""
     seed = zlib.crc32(name.encode())

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate, assert_within_rounding
-from backends import INTERPRETED
+from backends import EMULATED, INTERPRETED
 from conv2d_checks import DTYPES, FORMATS, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,6 +153,33 @@ def test_empty_batch():
     y.sum().backward()
     assert x.grad.shape == x.shape
     assert not weight.grad.any() and not bias.grad.any()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("channels", "groups"), [(3, 1), (8, 1), (4, 4)])
+def test_an_image_that_is_all_padding(channels, groups):
+    x = torch.randn(2, channels, 0, 4, requires_grad=True)
+    weight = torch.randn(8, channels // groups, 1, 1, requires_grad=True)
+    bias = torch.randn(8)
+    y = conv2d(x, weight, bias, padding=1, groups=groups)
+    assert torch.equal(y, bias[:, None, None].expand(2, 8, 2, 6))
+    y.sum().backward()
+    assert x.grad.shape == x.shape and not weight.grad.any()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_padding_beyond_32_bits(axis, backend):
+    if backend not in ("cpu", EMULATED, "cuda"):
+        pytest.skip("Triton's numbers are of 32 bits")
+    x, weight = torch.randn(1, 1, 4, 4), torch.ones(1, 1, 1, 1)
+    far = [0, 0]
+    far[axis] = 1 << 32
+    if backend != "cpu":
+        with pytest.raises(RuntimeError, match=r"pyvit\.conv2d: .* across a padded image"):
+            conv2d(x, weight, padding=tuple(far), stride=1 << 32)
+        return
+    y = conv2d(x, weight, padding=tuple(far), stride=1 << 32).flatten()
+    assert y.tolist() == [0, x[0, 0, 0, 0], 0]
 
 
 @pytest.mark.usefixtures("backend")

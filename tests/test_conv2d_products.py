@@ -70,6 +70,24 @@ def test_the_size_of_a_tile_changes_no_bit(dtype, memory_format):
         assert torch.equal(alone[1], dx[one])
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4, 408, 8, 16, 3366, 1, 1, 0, 1, 51), (1, 72, 8, 8, 72, 1, 1, 0, 1, 1)]
+)
+def test_gpus_of_less_shared_memory(shape, dtype, backend):
+    if backend != EMULATED:
+        pytest.skip("the emulation has the memory of any GPU")
+    from cuda_emulator import shared_memory
+
+    arguments = tensors(shape, dtype)
+    grad = torch.randn(shape[0], shape[4], *shape[2:4]).to(dtype)
+    many = gradients(conv2d, *arguments, shape[6:], grad)
+    with shared_memory(99 << 10):  # sm_86, sm_89
+        few = gradients(conv2d, *arguments, shape[6:], grad)
+    for one, other in zip(many, few, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(
     "shape", [(2, 12, 9, 8, 20, 3, 2, 1, 1, 1), (1, 7, 9, 8, 70, 3, 1, 1, 1, 1)]

@@ -20,7 +20,6 @@ namespace pyvit::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMostPixels = (int64_t{1} << 31) - (1 << 16);  // counted in 32 bits
 
 int chunk_of(DType dtype) { return dtype == DType::f32 ? 4 : 8; }
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -44,22 +43,38 @@ struct Sum {
 
 AxisRule rule(const Conv2dShape& s, int axis, bool gradient) {
   const int64_t out = axis == 0 ? s.out_height : s.out_width;
+  const int64_t far = s.padding[axis] + (s.kernel[axis] - 1) * s.dilation[axis] +
+                      (s.stride[axis] > 1 ? (out - 1) * s.stride[axis] : 0);
+  counted("conv2d", 2 * far, "half-pixels across a padded image");
   const int64_t size = gradient ? (axis == 0 ? s.height : s.width) : out;
   return AxisRule(gradient, size, s.kernel[axis], s.stride[axis], s.padding[axis],
                   s.dilation[axis]);
 }
 
+// Without the strides along which there is one index: they may be anything.
+View4 lying(View4 view, int64_t batch, int64_t height, int64_t width) {
+  if (batch == 1) view.stride[0] = 0;
+  if (height == 1) view.stride[2] = 0;
+  if (width == 1) view.stride[3] = 0;
+  return view;
+}
+
 Sum forward_sum(const Conv2dShape& s, View4 x, View4 w, View4 y) {
   const int64_t channels = s.out_channels / s.groups;
-  return {x, w, y, s.height, s.width, channels, s.in_channels / s.groups, s.groups, s.batch,
-          channels * w.stride[0], rule(s, 0, false), rule(s, 1, false)};
+  // Of an image without pixels, which is all padding, nothing is summed: there is nothing to read.
+  const int64_t summed = s.height * s.width > 0 ? s.in_channels / s.groups : 0;
+  return {lying(x, s.batch, s.height, s.width), w, lying(y, s.batch, s.out_height, s.out_width),
+          s.height, s.width, channels, summed, s.groups, s.batch, channels * w.stride[0],
+          rule(s, 0, false), rule(s, 1, false)};
 }
 
 Sum gradient_sum(const Conv2dShape& s, View4 dy, View4 w, View4 dx) {
   const int64_t summed = s.out_channels / s.groups;
   const View4 turned = {w.data, {w.stride[1], w.stride[0], w.stride[2], w.stride[3]}};
-  return {dy, turned, dx, s.out_height, s.out_width, s.in_channels / s.groups, summed, s.groups,
-          s.batch, summed * w.stride[0], rule(s, 0, true), rule(s, 1, true)};
+  return {lying(dy, s.batch, s.out_height, s.out_width), turned,
+          lying(dx, s.batch, s.height, s.width), s.out_height, s.out_width,
+          s.in_channels / s.groups, summed, s.groups, s.batch, summed * w.stride[0],
+          rule(s, 0, true), rule(s, 1, true)};
 }
 
 SourceShape source_shape(const View4& view, int64_t height, int64_t width, int64_t channels) {
@@ -195,8 +210,8 @@ void sum(const Conv2dCall& call, const Sum& s, const void* bias) {
   }
   const WeightRows weight = weight_rows(call, s);
   const int64_t size = static_cast<int64_t>(s.rows.sizes[0].by) * s.columns.sizes[0].by;
-  if (size > kMostPixels) throw std::runtime_error("pyvit.conv2d: an image of over 2^31 pixels");
-  const int64_t most = kMostPixels / size, bytes = 16 / chunk_of(call.dtype);
+  const int64_t most = kMostCounted / counted("conv2d", size, "pixels of an image");
+  const int64_t bytes = 16 / chunk_of(call.dtype);
   for (int64_t first = 0; first < s.batch; first += most) {
     TapSums a;
     a.source = source_shape(s.source, s.height, s.width, s.summed);
@@ -315,6 +330,8 @@ void conv2d_weight_grad(const Conv2dCall& call, View4 dy, View4 x, View4 dw) {
   const Parts parts = parts_of(s);
   const int64_t channels = s.out_channels / s.groups, summed = s.in_channels / s.groups;
   PixelSums a;
+  dy = lying(dy, s.batch, s.out_height, s.out_width);
+  x = lying(x, s.batch, s.height, s.width);
   a.grad = source_shape(dy, s.out_height, s.out_width, channels);
   a.image = source_shape(x, s.height, s.width, summed);
   a.rows = rule(s, 0, false);
@@ -322,10 +339,8 @@ void conv2d_weight_grad(const Conv2dCall& call, View4 dy, View4 x, View4 dw) {
   a.of_grad = dy.data;
   a.of_image = x.data;
   a.sums = static_cast<float*>(call.scratch);
-  if (s.batch * s.out_height * s.out_width > kMostPixels) {
-    throw std::runtime_error("pyvit.conv2d: a weight's gradient over more than 2^31 pixels");
-  }
-  a.pixels = static_cast<int>(s.batch * s.out_height * s.out_width);
+  const int64_t pixels = s.batch * s.out_height * s.out_width;
+  a.pixels = s.height * s.width > 0 ? counted("conv2d", pixels, "pixels of a batch") : 0;
   a.each = static_cast<int>(parts.each);
   a.parts = static_cast<int>(parts.count);
   a.groups = static_cast<int>(s.groups);

@@ -160,9 +160,8 @@ void direct_sums(DType dtype, const DirectSums& call, void* stream) {
   const int64_t channels = static_cast<int64_t>(call.groups) * call.channels;
   const int64_t phases = static_cast<int64_t>(call.rows.phases) * call.columns.phases;
   const int64_t of_image = phases * channels * rows * runs;
-  constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);  // counted in 32 bits
-  if (of_image > kMost) throw std::runtime_error("pyvit.conv2d: an image of over 2^31 runs");
-  const int64_t most = kMost / std::max<int64_t>(of_image, 1);
+  counted("conv2d", of_image, "runs of an image's pixels");
+  const int64_t most = kMostCounted / std::max<int64_t>(of_image, 1);
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
     for (int64_t first = 0; first < call.batch; first += most) {

@@ -52,48 +52,84 @@ struct Stage {
   static constexpr int kBytes =
       4 * (P::kM * kPitch > P::kN * kPitchAcross ? P::kM * kPitch : P::kN * kPitchAcross);
 
-  __device__ float& at(int pixel, int channel) const {
-    return memory[by_channel ? pixel * kPitch + channel : channel * kPitchAcross + pixel];
+  // A loop for each order: the compiler sees then what lies side by side, and writes it at once.
+  __device__ void put(const P& product) const {
+    if (by_channel) {
+      product.for_each([&](int m, int n, float sum) { memory[m * kPitch + n] = sum; });
+    } else {
+      product.for_each([&](int m, int n, float sum) { memory[n * kPitchAcross + m] = sum; });
+    }
   }
 };
 
+// Where pixel p of the phase begins in the result.
+__device__ inline int64_t place_of(const TapSums& a, const Source& source, int p) {
+  const Quotient above(p, source.of_columns), image(above.quotient, source.of_rows);
+  const int y = source.rows.first + image.rest * source.rows.every;
+  const int x = source.columns.first + above.rest * source.columns.every;
+  return image.quotient * a.out_stride[0] + y * a.out_stride[2] + x * a.out_stride[3];
+}
+
+// Channels side by side: a thread has a chunk of them, of every so many pixels.
 template <class P>
-__device__ void write_tile(const TapSums& a, const Stage<P>& stage, const Source& source,
-                           int first_pixel, int group, int first_channel) {
+__device__ void write_pixels(const TapSums& a, const Stage<P>& stage, const Source& source,
+                             int first_pixel, int first_channel, int channels) {
   using E = typename P::Element;
-  constexpr int kChunk = 16 / sizeof(E), kAcross = P::kN / kChunk;
-  E* out = static_cast<E*>(a.out);
+  constexpr int kChunk = Chunk<E>::kSize, kAcross = P::kN / kChunk;
+  const int column = threadIdx.x % kAcross * kChunk, left = channels - column;
+  if (left <= 0) return;
+  E* out = static_cast<E*>(a.out) + first_channel + column;
   const E* bias = static_cast<const E*>(a.bias);
-#pragma unroll 1
-  for (int item = threadIdx.x; item < P::kM * kAcross; item += P::kThreads) {
-    const int pixel = stage.by_channel ? item / kAcross : item % P::kM;
-    const int column = (stage.by_channel ? item % kAcross : item / P::kM) * kChunk;
-    const int p = first_pixel + pixel, n = first_channel + column;
-    if (p >= source.end || n >= a.channels) continue;
-    const Quotient above(p, source.of_columns), image(above.quotient, source.of_rows);
-    const int y = source.rows.first + image.rest * source.rows.every;
-    const int x = source.columns.first + above.rest * source.columns.every;
-    const int channel = group * a.channels + n;
-    E* to = out + (image.quotient * a.out_stride[0] + channel * a.out_stride[1] +
-                   y * a.out_stride[2] + x * a.out_stride[3]);
-    E values[kChunk];
+  float added[kChunk] = {};
+  if (bias != nullptr) {
 #pragma unroll
     for (int e = 0; e < kChunk; ++e) {
-      float sum = stage.at(pixel, column + e);
-      if (bias != nullptr && n + e < a.channels) sum += widen(bias[channel + e]);
-      values[e] = narrow<E>(sum);
+      if (e < left) added[e] = widen(bias[first_channel + column + e]);
     }
-    if (a.vectors) {
-      Chunk<E> chunk;
+  }
+#pragma unroll 1
+  for (int pixel = threadIdx.x / kAcross; pixel < P::kM; pixel += P::kThreads / kAcross) {
+    if (first_pixel + pixel >= source.end) return;
+    const auto* from = reinterpret_cast<const float4*>(stage.memory + pixel * stage.kPitch + column);
+    float sums[kChunk];
 #pragma unroll
-      for (int e = 0; e < kChunk; ++e) chunk.set(e, &values[e]);
-      chunk.store(reinterpret_cast<char*>(to));
+    for (int i = 0; i < kChunk / 4; ++i) {
+      const float4 four = from[i];
+      sums[4 * i] = four.x, sums[4 * i + 1] = four.y;
+      sums[4 * i + 2] = four.z, sums[4 * i + 3] = four.w;
+    }
+    if (bias != nullptr) {
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) sums[e] += added[e];
+    }
+    E* to = out + place_of(a, source, first_pixel + pixel);
+    if (a.vectors) {
+      store16(to, Chunk<E>(sums).bits());
     } else {
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
-        if (n + e < a.channels) to[e * a.out_stride[1]] = values[e];
+        if (e < left) to[e] = narrow<E>(sums[e]);
       }
     }
+  }
+}
+
+// Pixels side by side: a thread has one, of every so many channels.
+template <class P>
+__device__ void write_planes(const TapSums& a, const Stage<P>& stage, const Source& source,
+                             int first_pixel, int first_channel, int channels) {
+  using E = typename P::Element;
+  static_assert(P::kThreads % P::kM == 0, "no remainder");
+  const int pixel = threadIdx.x % P::kM;
+  if (first_pixel + pixel >= source.end) return;
+  E* out = static_cast<E*>(a.out) + place_of(a, source, first_pixel + pixel);
+  const E* bias = static_cast<const E*>(a.bias);
+  const int end = min(channels, P::kN);
+#pragma unroll 4
+  for (int column = threadIdx.x / P::kM; column < end; column += P::kThreads / P::kM) {
+    float sum = stage.memory[column * stage.kPitchAcross + pixel];
+    if (bias != nullptr) sum += widen(bias[first_channel + column]);
+    out[(first_channel + column) * a.out_stride[1]] = narrow<E>(sum);
   }
 }
 
@@ -138,9 +174,14 @@ __global__ void __launch_bounds__(P::kThreads, kResident<P, kAsync>)
       [&](int stage) { product.add(left(stage), right(stage)); });
 
   const Stage<P> stage{reinterpret_cast<float*>(memory), a.out_stride[1] == 1};
-  product.for_each([&](int row, int column, float sum) { stage.at(row, column) = sum; });
+  stage.put(product);
   __syncthreads();
-  write_tile(a, stage, source, first_pixel, group.rest, first_channel);
+  const int channel = group.rest * a.channels + first_channel, there = a.channels - first_channel;
+  if (stage.by_channel) {
+    write_pixels(a, stage, source, first_pixel, channel, there);
+  } else {
+    write_planes(a, stage, source, first_pixel, channel, there);
+  }
 }
 
 template <class P, bool kGradAsync, bool kImageAsync>
@@ -201,13 +242,24 @@ __global__ void __launch_bounds__(P::kThreads) pixels_kernel(PixelSums a, Tiling
 
 inline int64_t tiles(int64_t size, int tile) { return (size + tile - 1) / tile; }
 
+// Bytes of a block's stages; slabs are deep over taps, wide over pixels.
+template <class Kind, int kM, int kN, bool kDeep>
+constexpr size_t shared_bytes() {
+  using E = typename Kind::Element;
+  constexpr int kTerms = kSlabBytes / sizeof(E);
+  return kStages * (Slab<E, kM, kTerms, kDeep>::kBytes + Slab<E, kN, kTerms, kDeep>::kBytes);
+}
+
+// A block of sm_86 or sm_89 has at most 99 KB, the largest tile takes 102 or 108.
+template <class Kind, bool kDeep>
+bool takes_large_tiles() {
+  return shared_bytes<Kind, 128, 128, kDeep>() <= most_shared_memory();
+}
+
 template <class Kind, int kM, int kN, int kWarpsM, int kWarpsN>
 void sum_over_taps_in(const TapSums& a, void* stream) {
   using P = Product<Kind, kM, kN, kWarpsM, kWarpsN>;
-  using E = typename Kind::Element;
-  constexpr int kTerms = kSlabBytes / sizeof(E);
-  constexpr size_t kShared =
-      kStages * (Slab<E, kM, kTerms, true>::kBytes + Slab<E, kN, kTerms, true>::kBytes);
+  constexpr size_t kShared = shared_bytes<Kind, kM, kN, true>();
   static_assert(Stage<P>::kBytes <= kShared, "the result's stage has the slabs' memory");
   const int64_t pixels = static_cast<int64_t>(a.batch) * a.rows.sizes[0].by * a.columns.sizes[0].by;
   const int64_t across = tiles(a.channels, kN), down = tiles(pixels, kM);
@@ -225,7 +277,8 @@ void sum_over_taps(const TapSums& a, void* stream) {
   constexpr int64_t kEnough = 200;
   const int64_t pixels = static_cast<int64_t>(a.batch) * a.rows.sizes[0].by * a.columns.sizes[0].by;
   const int64_t down = tiles(pixels, 128) * a.groups * a.rows.phases * a.columns.phases;
-  if (a.channels > 64 && down * tiles(a.channels, 128) >= kEnough) {
+  if (a.channels > 64 && down * tiles(a.channels, 128) >= kEnough &&
+      takes_large_tiles<Kind, true>()) {
     return sum_over_taps_in<Kind, 128, 128, 2, 4>(a, stream);
   }
   if (down * tiles(a.channels, 64) >= kEnough) {
@@ -237,10 +290,7 @@ void sum_over_taps(const TapSums& a, void* stream) {
 template <class Kind, int kM, int kN, int kWarpsM, int kWarpsN>
 void sum_over_pixels_in(const PixelSums& a, void* stream) {
   using P = Product<Kind, kM, kN, kWarpsM, kWarpsN, false, false>;
-  using E = typename Kind::Element;
-  constexpr int kPixels = kSlabBytes / sizeof(E);
-  constexpr size_t kShared =
-      kStages * (Slab<E, kM, kPixels, false>::kBytes + Slab<E, kN, kPixels, false>::kBytes);
+  constexpr size_t kShared = shared_bytes<Kind, kM, kN, false>();
   const int64_t down = tiles(a.channels, kM), across = tiles(a.terms, kN);
   const Tiling tiling{Divisor(across), Divisor(down), Divisor(a.groups), Divisor(1)};
   auto kernel = pixels_kernel<P, false, false>;
@@ -253,7 +303,7 @@ void sum_over_pixels_in(const PixelSums& a, void* stream) {
 
 template <class Kind>
 void sum_over_pixels(const PixelSums& a, void* stream) {
-  if (a.channels > 64 && a.terms > 64) {
+  if (a.channels > 64 && a.terms > 64 && takes_large_tiles<Kind, false>()) {
     return sum_over_pixels_in<Kind, 128, 128, 2, 4>(a, stream);
   }
   sum_over_pixels_in<Kind, 64, 64, 2, 2>(a, stream);

@@ -24,33 +24,33 @@ struct Axis {
 // the stride: its pixels are reached by every `apart`-th tap, or by none. The first of a phase's
 // taps is no other phase's.
 struct AxisRule {
-  int size, taps, stride, padding, dilation, apart, phases;
+  int size, taps, stride, padding, dilation, apart, step, phases;
   bool gradient;
   Divisor sizes[2];  // of the phases that have one more, and of the others
 
   AxisRule() = default;
-  AxisRule(bool of_gradient, int64_t results, int64_t kernel, int64_t step, int64_t margin,
+  AxisRule(bool of_gradient, int64_t results, int64_t kernel, int64_t every, int64_t margin,
            int64_t between)
       : size(static_cast<int>(results)), taps(static_cast<int>(kernel)),
-        stride(static_cast<int>(step < (1 << 30) ? step : 1 << 30)),
+        stride(static_cast<int>(every < (1 << 30) ? every : 1 << 30)),
         padding(static_cast<int>(margin)), dilation(taps > 1 ? static_cast<int>(between) : 1),
-        apart(1), phases(1), gradient(of_gradient),
+        apart(1), step(dilation), phases(1), gradient(of_gradient),
         sizes{Divisor(size > 0 ? size : 1), Divisor(size > 0 ? size : 1)} {
     if (gradient) {
       apart = stride / std::gcd(stride, dilation);
+      step = -static_cast<int>(static_cast<int64_t>(apart) * dilation / stride);
       phases = stride < size ? stride : size;
       sizes[0] = Divisor((size + stride - 1) / stride);
       sizes[1] = Divisor(size / stride > 0 ? size / stride : 1);
     }
   }
   __host__ __device__ Axis axis(int phase) const {
-    if (!gradient) return {size, 0, 1, taps, 0, 1, stride, -padding, dilation};
-    int tap = 0;
+    if (!gradient) return {size, 0, 1, taps, 0, 1, stride, -padding, step};
+    int tap = dilation == 1 ? (phase + padding) % stride : 0;
     while (tap < first_taps() && (phase + padding - tap * dilation) % stride != 0) ++tap;
     const int reaching = tap < first_taps() ? taps_from(tap) : 0;
     if (reaching == 0) tap = 0;
     const int offset = (phase + padding - tap * dilation) / stride;
-    const int step = -static_cast<int>(static_cast<int64_t>(apart) * dilation / stride);
     return {(size - phase + stride - 1) / stride, phase, stride, reaching, tap, apart, 1, offset,
             step};
   }
@@ -129,13 +129,23 @@ struct Chunk {
   using Bits = typename BitsOf<sizeof(E)>::type;
   uint32_t words[4] = {0, 0, 0, 0};
 
+  Chunk() = default;
+  __device__ explicit Chunk(const float (&values)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(E) == 4) {
+        words[i] = __float_as_uint(values[i]);
+      } else {
+        words[i] = pack<E>(values[2 * i], values[2 * i + 1]);
+      }
+    }
+  }
   __device__ void set(int e, const E* from, bool there = true) {
     const uint32_t read = *reinterpret_cast<const Bits*>(from), bits = there ? read : 0;
     words[e * sizeof(E) / 4] |= bits << (e * sizeof(E) % 4 * 8);
   }
-  __device__ void store(char* to) const {
-    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-  }
+  __device__ uint4 bits() const { return make_uint4(words[0], words[1], words[2], words[3]); }
+  __device__ void store(char* to) const { *reinterpret_cast<uint4*>(to) = bits(); }
 };
 
 // A chunk's terms from k on, one by one. What is not there is read elsewhere and not taken: without

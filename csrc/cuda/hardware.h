@@ -81,6 +81,13 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+// To an address aligned to 16 bytes, at once: the compiler takes some of such stores apart.
+__device__ inline void store16(void* global, uint4 x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // ---- shared memory
 
 // All of a block's: its size is said at the launch. Aligned to 128 bytes.
@@ -166,6 +173,7 @@ __device__ inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4],
 
 inline void check(const char* name, cudaError_t status) {
   if (status != cudaSuccess) {
+    cudaGetLastError();  // else the next launch would find this error again
     throw std::runtime_error(std::string("pyvit.") + name + ": the CUDA kernel could not be " +
                              "launched: " + cudaGetErrorString(status));
   }

@@ -58,6 +58,11 @@ Schedule& schedule() {
   return chosen;
 }
 
+size_t& most_shared_memory() {
+  static size_t bytes = 163 * 1024;
+  return bytes;
+}
+
 Block& present() { return *running_block; }
 
 Block::Block(int threads) : count_(threads) {
@@ -236,7 +241,7 @@ void run_grid(const char* name, const void* kernel, Index3 grid, unsigned thread
     throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads) +
                              " threads");
   }
-  if (shared_bytes > kMostSharedMemory) {
+  if (shared_bytes > most_shared_memory()) {
     throw std::runtime_error(std::string(name) + ": " + std::to_string(shared_bytes) +
                              " bytes of shared memory");
   }
@@ -264,6 +269,11 @@ extern "C" __attribute__((visibility("default"))) void pyvit_emulation_schedule(
                                                                                uint64_t seed,
                                                                                int late) {
   emulation::schedule() = {static_cast<emulation::Schedule::Order>(order), seed, late != 0};
+}
+
+extern "C" __attribute__((visibility("default"))) void pyvit_emulation_shared_memory(
+    uint64_t bytes) {
+  emulation::most_shared_memory() = bytes;
 }
 
 // A line for each kernel that was launched: where it is in this library, threads, shared memory.

@@ -19,7 +19,6 @@ namespace emulation {
 
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;
-constexpr size_t kMostSharedMemory = 163 * 1024;  // as sm_80, the smaller one
 
 // Which thread goes first: the lowest, the highest, or any (by a permutation of `seed`). Blocks
 // run one after another in the same manner. Where `late`, what is copied asynchronously arrives
@@ -30,6 +29,7 @@ struct Schedule {
   bool late = false;
 };
 Schedule& schedule();  // of the launches to come
+size_t& most_shared_memory();  // of a block; at first as sm_80 has, less than sm_90
 
 struct Index3 {
   unsigned x = 0, y = 0, z = 0;

@@ -57,6 +57,13 @@ inline uint32_t to_tf32(float x) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 
+inline void store16(void* global, uint4 x) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
+    emulation::present().fail("a store of 16 bytes to an address that is not aligned");
+  }
+  std::memcpy(global, &x, 16);
+}
+
 // ---- shared memory
 
 template <class T>
@@ -64,15 +71,20 @@ T* dynamic_shared() {
   return static_cast<T*>(emulation::present().shared());
 }
 
-inline void copy_async16(void* shared, const void* global, int bytes) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
-      (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0)) {
-    emulation::present().fail("cp.async of 16 bytes between addresses that are not aligned");
+template <int kSize>
+void emulated_copy(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % kSize != 0 ||
+      reinterpret_cast<uintptr_t>(global) % kSize != 0) {
+    emulation::present().fail("cp.async of " + std::to_string(kSize) +
+                              " bytes between addresses that are not aligned");
   }
-  emulation::present().copy({shared, global, static_cast<size_t>(bytes), 16, 0});
+  emulation::present().copy({shared, global, static_cast<size_t>(bytes), kSize, 0});
+}
+inline void copy_async16(void* shared, const void* global, int bytes) {
+  emulated_copy<16>(shared, global, bytes);
 }
 inline void copy_async4(void* shared, const void* global, int bytes) {
-  emulation::present().copy({shared, global, static_cast<size_t>(bytes), 4, 0});
+  emulated_copy<4>(shared, global, bytes);
 }
 inline void copy_async_commit() { emulation::present().end_group(); }
 template <int kPending>
@@ -174,7 +186,7 @@ inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], const uint3
 
 // ---- launches
 
-inline size_t most_shared_memory() { return emulation::kMostSharedMemory; }
+inline size_t most_shared_memory() { return emulation::most_shared_memory(); }
 
 template <class... P>
 void launch(const char* name, void (*kernel)(P...), int64_t blocks, int threads,
