@@ -1,6 +1,7 @@
 // Implicit matrix products: the column matrix is in no memory. The result and the image's gradient
 // are sums over taps and channels (conv2d_taps.cuh), the weight's gradient one over pixels, in
-// parts of a number that the sizes alone decide, which a second kernel adds up in their order.
+// parts of a number that the sizes alone decide, which a second kernel adds up in their order. The
+// image's gradient where patches lie side by side is patch_embed.cu's.
 //
 // Floor on an H200, the shapes of benchmarks/ at batch 256 in bfloat16: 3 x 3 layers of 64 channels
 // and more by arithmetic (56² x 64 -> 64: 59 GFLOP, 0.08 ms dense, 0.2 GB, 0.05 ms), 1 x 1 layers
@@ -15,6 +16,7 @@
 #include "cuda/conv2d_direct.h"
 #include "cuda/conv2d_product.h"
 #include "cuda/dtypes.h"
+#include "cuda/patch_embed.h"
 
 namespace pyvit::cuda {
 namespace {
@@ -238,6 +240,30 @@ int64_t scratch_of(DType dtype, const Sum& s) {
   return is_direct(s.groups, s.channels, s.summed) ? 0 : bytes_of_rows(dtype, s);
 }
 
+// ---- the image's gradient where patches lie side by side
+
+// Each pixel is in one patch then, and every tap is a phase of its own: the product of
+// patch_embed.h, whose rows are patches and whose columns are taps and channels, reads the
+// gradient once for all of them.
+bool is_patches(const Conv2dShape& s) {
+  bool side_by_side = s.groups == 1 && s.out_channels > 0 && s.kernel[0] * s.kernel[1] > 1;
+  const int64_t size[2] = {s.height, s.width}, grid[2] = {s.out_height, s.out_width};
+  for (int axis = 0; axis < 2; ++axis) {
+    side_by_side = side_by_side && s.padding[axis] == 0 && s.kernel[axis] == s.stride[axis] &&
+                   (s.dilation[axis] == 1 || s.kernel[axis] == 1) &&
+                   grid[axis] * s.kernel[axis] == size[axis];
+  }
+  return side_by_side;
+}
+
+PatchEmbedCall patches_of(const Conv2dCall& call) {
+  const Conv2dShape& s = call.shape;
+  return {call.dtype, false, call.allow_tf32,
+          {s.batch, s.in_channels, s.height, s.width, s.out_channels,
+           {s.out_height, s.out_width}, {s.kernel[0], s.kernel[1]}, {s.stride[0], s.stride[1]}},
+          call.scratch, call.stream};
+}
+
 // ---- sums over pixels
 
 constexpr int64_t kPixelsOfPart = 1024;  // at least
@@ -309,7 +335,9 @@ int64_t conv2d_scratch(DType dtype, const Conv2dShape& shape, View4 w) {
 }
 
 int64_t conv2d_input_grad_scratch(DType dtype, const Conv2dShape& shape, View4 w) {
-  return scratch_of(dtype, gradient_sum(shape, {}, w, {}));
+  const int64_t sums = scratch_of(dtype, gradient_sum(shape, {}, w, {}));
+  if (!is_patches(shape)) return sums;
+  return std::max(sums, patch_embed_image_grad_scratch(patches_of({dtype, false, shape, {}, {}})));
 }
 
 int64_t conv2d_weight_grad_scratch(DType, const Conv2dShape& s) {
@@ -322,7 +350,14 @@ void conv2d(const Conv2dCall& call, View4 x, View4 w, const void* bias, View4 y)
 }
 
 void conv2d_input_grad(const Conv2dCall& call, View4 dy, View4 w, View4 dx) {
-  sum(call, gradient_sum(call.shape, dy, w, dx), nullptr);
+  const Conv2dShape& s = call.shape;
+  const bool in_a_row = s.out_height == 1 || dy.stride[2] == s.out_width * dy.stride[3];
+  if (is_patches(s) && in_a_row && s.batch * s.out_height * s.out_width <= kMostCounted) {
+    const int64_t next = s.out_width == 1 ? dy.stride[2] : dy.stride[3];
+    return patch_embed_image_grad(patches_of(call), {dy.data, {dy.stride[0], next, dy.stride[1]}},
+                                  w, nullptr, dx);
+  }
+  sum(call, gradient_sum(s, dy, w, dx), nullptr);
 }
 
 void conv2d_weight_grad(const Conv2dCall& call, View4 dy, View4 x, View4 dw) {
