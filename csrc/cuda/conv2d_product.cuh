@@ -90,11 +90,11 @@ __device__ void write_pixels(const TapSums& a, const Stage<P>& stage, const Sour
 #pragma unroll 1
   for (int pixel = threadIdx.x / kAcross; pixel < P::kM; pixel += P::kThreads / kAcross) {
     if (first_pixel + pixel >= source.end) return;
-    const auto* from = reinterpret_cast<const float4*>(stage.memory + pixel * stage.kPitch + column);
+    const float* line = stage.memory + pixel * stage.kPitch + column;
     float sums[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk / 4; ++i) {
-      const float4 four = from[i];
+      const float4 four = reinterpret_cast<const float4*>(line)[i];
       sums[4 * i] = four.x, sums[4 * i + 1] = four.y;
       sums[4 * i + 2] = four.z, sums[4 * i + 3] = four.w;
     }
@@ -162,7 +162,8 @@ __global__ void __launch_bounds__(P::kThreads, kResident<P, kAsync>)
   };
   P product;
   product.clear();
-  Bring<Left, E, P::kThreads, kAsync> bring(image, source, first_pixel, 0);
+  Bring<Left, E, P::kThreads, kAsync> bring(image, source, first_pixel, 0,
+                                            memory + kStages * (Left::kBytes + Right::kBytes));
   pipeline<kStages>(
       (source.terms + kTerms - 1) / kTerms,
       [&](int slab, int stage) {
@@ -216,8 +217,11 @@ __global__ void __launch_bounds__(P::kThreads) pixels_kernel(PixelSums a, Tiling
   const int first_row = m.rest * P::kM, first_column = n.rest * P::kN;
   P product;
   product.clear();
-  Bring<Left, E, P::kThreads, kGradAsync> of_grad(from_grad, grad, first, first_row);
-  Bring<Right, E, P::kThreads, kImageAsync> of_image(from_image, image, first, first_column);
+  using BringGrad = Bring<Left, E, P::kThreads, kGradAsync>;
+  using BringImage = Bring<Right, E, P::kThreads, kImageAsync>;
+  char* tables = memory + kStages * (Left::kBytes + Right::kBytes);
+  BringGrad of_grad(from_grad, grad, first, first_row, tables);
+  BringImage of_image(from_image, image, first, first_column, tables + BringGrad::kTableBytes);
   pipeline<kStages>(
       (max(last - first, 0) + kPixels - 1) / kPixels,
       [&](int slab, int stage) {
@@ -242,13 +246,16 @@ __global__ void __launch_bounds__(P::kThreads) pixels_kernel(PixelSums a, Tiling
 
 inline int64_t tiles(int64_t size, int tile) { return (size + tile - 1) / tile; }
 
-// Bytes of a block's stages; slabs are deep over taps, wide over pixels.
+// Bytes of a block's stages, which Bring's tables follow; slabs are deep over taps, wide over pixels.
 template <class Kind, int kM, int kN, bool kDeep>
 constexpr size_t shared_bytes() {
   using E = typename Kind::Element;
   constexpr int kTerms = kSlabBytes / sizeof(E);
   return kStages * (Slab<E, kM, kTerms, kDeep>::kBytes + Slab<E, kN, kTerms, kDeep>::kBytes);
 }
+
+template <int kThreads>
+constexpr size_t kTableOf = kThreads * sizeof(Term);  // at most, where chunks are gathered
 
 // A block of sm_86 or sm_89 has at most 99 KB, the largest tile takes 102 or 108.
 template <class Kind, bool kDeep>
@@ -267,7 +274,7 @@ void sum_over_taps_in(const TapSums& a, void* stream) {
                       Divisor(a.columns.phases)};
   const int64_t blocks = across * down * a.groups * a.rows.phases * a.columns.phases;
   launch("conv2d", a.copies ? taps_kernel<P, true> : taps_kernel<P, false>, blocks, P::kThreads,
-         kShared, stream, a, tiling);
+         kShared + (a.copies ? 0 : kTableOf<P::kThreads>), stream, a, tiling);
 }
 
 // The largest tile that gives every multiprocessor something to do. Sums are made in the same
@@ -297,8 +304,9 @@ void sum_over_pixels_in(const PixelSums& a, void* stream) {
   if (a.grad_copies && a.image_copies) kernel = pixels_kernel<P, true, true>;
   if (a.grad_copies && !a.image_copies) kernel = pixels_kernel<P, true, false>;
   if (!a.grad_copies && a.image_copies) kernel = pixels_kernel<P, false, true>;
-  launch("conv2d", kernel, down * across * a.groups * a.parts, P::kThreads, kShared, stream, a,
-         tiling);
+  const size_t tables = kTableOf<P::kThreads> * (!a.grad_copies + !a.image_copies);
+  launch("conv2d", kernel, down * across * a.groups * a.parts, P::kThreads, kShared + tables,
+         stream, a, tiling);
 }
 
 template <class Kind>

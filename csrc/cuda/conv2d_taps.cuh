@@ -67,9 +67,13 @@ struct Line {  // a pixel of the result: where its first tap reads
   int y, x;
   int64_t at;
 };
-struct Term {  // (i, j, c), from there
+struct alignas(16) Term {  // (i, j, c), from there
   int y, x;
-  int64_t at;
+  uint32_t at_low, at_high;  // four words, which are read at once
+
+  __device__ int64_t at() const {
+    return static_cast<int64_t>(at_low | static_cast<uint64_t>(at_high) << 32);
+  }
 };
 
 struct SourceShape {
@@ -99,17 +103,19 @@ struct Source {
   }
   __device__ Term at_tap(int i, int j, int c) const {
     const int y = i * rows.step, x = j * columns.step;
-    return {y, x, y * shape.stride[2] + x * shape.stride[3] + c * shape.stride[1]};
+    const int64_t at = y * shape.stride[2] + x * shape.stride[3] + c * shape.stride[1];
+    return {y, x, static_cast<uint32_t>(at), static_cast<uint32_t>(at >> 32)};
   }
   __device__ Term term(int k) const {
-    if (k >= terms) return {0, kOutside, 0};
+    if (k >= terms) return {0, kOutside, 0, 0};
     const Quotient tap(k, shape.of_channels);
     const int i = tap.quotient / columns.taps;
     return at_tap(i, tap.quotient - i * columns.taps, tap.rest);
   }
   __device__ bool has(const Line& line, const Term& term) const {
-    return static_cast<unsigned>(line.y + term.y) < static_cast<unsigned>(shape.height) &&
-           static_cast<unsigned>(line.x + term.x) < static_cast<unsigned>(shape.width);
+    const auto y = static_cast<unsigned>(line.y + term.y);
+    const auto x = static_cast<unsigned>(line.x + term.x);
+    return (y < static_cast<unsigned>(shape.height)) & (x < static_cast<unsigned>(shape.width));
   }
 };
 
@@ -148,13 +154,14 @@ struct Chunk {
   __device__ void store(char* to) const { *reinterpret_cast<uint4*>(to) = bits(); }
 };
 
-// A chunk's terms from k on, one by one. What is not there is read elsewhere and not taken: without
-// branches the loads of several chunks are under way at once.
+// A chunk's elements one by one: of one tap, from a term's channel on; or of terms with nothing in
+// common. What is not there is read elsewhere and not taken: without branches the loads of several
+// chunks are under way at once.
 template <class E>
-__device__ Chunk<E> gather_channels(const E* data, const Source& source, const Line& line, int k) {
-  const Term term = source.term(k);
+__device__ Chunk<E> gather_channels(const E* data, const Source& source, const Line& line,
+                                    const Term& term) {
   const bool there = source.has(line, term);
-  const E* from = there ? data + (line.at + term.at) : data;
+  const E* from = there ? data + (line.at + term.at()) : data;
   Chunk<E> chunk;
 #pragma unroll
   for (int e = 0; e < Chunk<E>::kSize; ++e) chunk.set(e, from + e * source.shape.stride[1], there);
@@ -162,22 +169,15 @@ __device__ Chunk<E> gather_channels(const E* data, const Source& source, const L
 }
 
 template <class E>
-__device__ Chunk<E> gather_terms(const E* data, const Source& source, const Line& line, int k) {
-  const Quotient tap(k, source.shape.of_channels);
-  int c = tap.rest, i = tap.quotient / max(source.columns.taps, 1);
-  int j = tap.quotient - i * source.columns.taps;
+__device__ Chunk<E> gather_terms(const E* data, const Source& source, const Line& line,
+                                 const Term* terms) {
   Chunk<E> chunk;
 #pragma unroll
   for (int e = 0; e < Chunk<E>::kSize; ++e) {
-    const Term term = source.at_tap(i, j, c);
-    const bool there = k + e < source.terms && source.has(line, term);
-    chunk.set(e, there ? data + (line.at + term.at) : data, there);
-    const bool next_tap = ++c == source.shape.channels;
-    c = next_tap ? 0 : c;
-    j += next_tap;
-    const bool next_row = j == source.columns.taps;
-    j = next_row ? 0 : j;
-    i += next_row;
+    const Term term = terms[e];
+    const bool there = source.has(line, term);
+    const E* from = data + (line.at + term.at());
+    chunk.set(e, there ? from : data, there);
   }
   return chunk;
 }
@@ -186,23 +186,30 @@ __device__ Chunk<E> gather_terms(const E* data, const Source& source, const Line
 // have the same pixels and go on to other terms, wide ones the same terms and go on to other
 // pixels; `first_line` and `first_term` are of the first slab. Asynchronous copies need chunks of
 // channels that lie side by side, aligned: neighbouring threads copy neighbouring chunks. Else
-// neighbouring threads read neighbouring pixels.
+// neighbouring threads read neighbouring pixels, a warp the same terms: each of its lanes finds one
+// of them and tells it the others by shared memory, a table for each warp.
 template <class S, class E, int kThreads, bool kAsync>
 struct Bring {
   static constexpr int kSpan = kAsync ? S::kChunks : S::kLines;
   static constexpr int kStep = kThreads / kSpan;
   static constexpr int kPasses = S::kLines * S::kChunks / kThreads;
   static_assert(kThreads % kSpan == 0 && S::kLines * S::kChunks % kThreads == 0, "no remainder");
+  static constexpr int kTerms = kPasses * S::kChunk;  // of a warp in a slab
+  static constexpr int kTableBytes = kAsync ? 0 : kThreads / 32 * kTerms * sizeof(Term);
+  static_assert(kAsync || (kSpan % 32 == 0 && kTerms <= 32), "a warp's terms are its lanes'");
 
   const E* data;
   const Source& source;
   int first_line, first_term;
   Line lines[S::kDeep && kAsync ? kPasses : 1];
   Term fixed;
+  Term* table;
   Chunk<E> held[kAsync ? 1 : kPasses];
 
-  __device__ Bring(const E* from, const Source& of, int line, int term)
-      : data(from), source(of), first_line(line), first_term(term) {
+  // `tables` has kTableBytes of shared memory.
+  __device__ Bring(const E* from, const Source& of, int line, int term, char* tables)
+      : data(from), source(of), first_line(line), first_term(term),
+        table(reinterpret_cast<Term*>(tables) + threadIdx.x / 32 * kTerms) {
     if constexpr (S::kDeep) {
 #pragma unroll
       for (int pass = 0; pass < (kAsync ? kPasses : 1); ++pass) {
@@ -210,7 +217,18 @@ struct Bring {
       }
     } else if constexpr (kAsync) {
       fixed = source.term(first_term + chunk_of(0) * S::kChunk);
+    } else {
+      find_terms(first_term);
     }
+  }
+  __device__ void find_terms(int from) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();  // the terms before have been read
+    if (lane < kTerms) {
+      table[lane] =
+          source.term(from + chunk_of(lane / S::kChunk) * S::kChunk + lane % S::kChunk);
+    }
+    __syncwarp();
   }
   __device__ static int line_of(int pass) {
     return kAsync ? threadIdx.x / kSpan + kStep * pass : threadIdx.x % kSpan;
@@ -229,20 +247,20 @@ struct Bring {
         const Line line = S::kDeep ? lines[pass] : source.line(from_line + line_of(pass));
         const bool there = source.has(line, term);
         copy_async16(to.chunk(line_of(pass), chunk_of(pass)),
-                     there ? data + (line.at + term.at) : data, there ? 16 : 0);
+                     there ? data + (line.at + term.at()) : data, there ? 16 : 0);
       }
     } else {
       const Line line = S::kDeep ? lines[0] : source.line(from_line + line_of(0));
+      if constexpr (S::kDeep) find_terms(from_term);
       if (source.shape.channels % S::kChunk == 0) {  // a chunk is channels of one tap
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
-          held[pass] =
-              gather_channels(data, source, line, from_term + chunk_of(pass) * S::kChunk);
+          held[pass] = gather_channels(data, source, line, table[pass * S::kChunk]);
         }
       } else {
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass) {
-          held[pass] = gather_terms(data, source, line, from_term + chunk_of(pass) * S::kChunk);
+          held[pass] = gather_terms(data, source, line, table + pass * S::kChunk);
           __syncwarp();  // keeps the compiler from more loads at once than registers hold
         }
       }

@@ -139,13 +139,15 @@ __device__ inline void load_matrix_transposed(uint32_t (&r)[4], const void* row)
 
 // d += a b for a of 16 x 16 and b of 16 x 8: registers of a hold rows g, g + 8 (of columns 2t,
 // 2t + 1), again rows g, g + 8 (of columns 2t + 8, 2t + 9); of b column g and rows 2t, 2t + 1, then
-// 2t + 8, 2t + 9; of d (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// 2t + 8, 2t + 9; of d (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1). Volatile: a warp's lanes
+// multiply together, so the compiler must not move it to where d is used, which may be a branch.
 template <class T>
 __device__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
 __device__ inline void multiply_add<bfloat16>(float (&d)[4], const uint32_t (&a)[4],
                                               const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -153,7 +155,8 @@ __device__ inline void multiply_add<bfloat16>(float (&d)[4], const uint32_t (&a)
 template <>
 __device__ inline void multiply_add<float16>(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -163,7 +166,8 @@ __device__ inline void multiply_add<float16>(float (&d)[4], const uint32_t (&a)[
 // (t, g), (t + 4, g).
 __device__ inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
