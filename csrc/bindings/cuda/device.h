@@ -19,8 +19,7 @@ namespace pyvit {
 inline void* stream_of(const Tensor& tensor) {
   void* stream = nullptr;
 #if !defined(PYVIT_EMULATED)
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
 #else
   (void)tensor;
 #endif
