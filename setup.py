@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,8 +45,11 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 BUILT_SETS = list(INSTRUCTION_SETS) if IS_X86 else ["baseline"]
 
 
-# GPUs to build for where none is present and none is named.
-CUDA_ARCHITECTURES = ["8.0", "9.0a"]
+# GPUs to build for where none is present and none is named; later ones compile the PTX anew.
+CUDA_ARCHITECTURES = ["8.0+PTX", "9.0a"]
+CUDA_OLDEST = (8, 0)  # asynchronous copies, and products of bfloat16
+NVCC_MINIMUM = (12, 0)
+COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc")
 
 
 def stop(problem: str, remedy: str) -> None:
@@ -123,39 +127,93 @@ def cuda_home() -> Path | None:
     if forced == "0":
         return None
     home = find_cuda_home()
-    if forced == "1" and home is None:
+    if forced != "1" and (home is None or find_torch().version.cuda is None):
+        return None
+    if home is None:
         stop(
             "FORCE_CUDA=1 asks for the CUDA kernels, and nvcc was not found",
             "set CUDA_HOME to the folder that has bin/nvcc, or put nvcc on the path",
         )
-    return home if forced == "1" or find_torch().version.cuda is not None else None
+    problem = cuda_problem(home)
+    if problem and forced == "1":
+        stop(
+            f"FORCE_CUDA=1 asks for the CUDA kernels, but {problem}",
+            "set CUDA_HOME to another CUDA, and TORCH_CUDA_ARCH_LIST to the GPUs it is for "
+            '("8.0;9.0a")',
+        )
+    if problem:  # an installation for the CPU, and for Triton, need not fail
+        print(f"pyvit: the CUDA C++ kernels are left out: {problem}", file=sys.stderr)
+    return None if problem else home
+
+
+def cuda_problem(home: Path) -> str:
+    """Why nvcc cannot build for the GPUs that are wanted; "" where it can."""
+    printed = nvcc_says(home, "--version")
+    release = re.search(r"release (\d+)\.(\d+)", printed)
+    if release is None:
+        return f"{home}/bin/nvcc tells no version: {printed.strip()[-200:]}"
+    name = f"nvcc {release[0].split()[1]} in {home}"
+    if (int(release[1]), int(release[2])) < NVCC_MINIMUM:
+        return f"{name} is older than {NVCC_MINIMUM[0]}.{NVCC_MINIMUM[1]}"
+    wanted = cuda_architectures()
+    if not wanted:
+        return "no GPU here, or in TORCH_CUDA_ARCH_LIST, has compute capability 8.0 or later"
+    known = nvcc_says(home, "--list-gpu-code").split()
+    unknown = [one for one in wanted if f"sm_{digits(one).rstrip('af')}" not in known]
+    return f"{name} does not know compute capability {', '.join(unknown)}" if unknown else ""
+
+
+def nvcc_says(home: Path, option: str) -> str:
+    run = subprocess.run([home / "bin/nvcc", option], capture_output=True, text=True)
+    return run.stdout + run.stderr
 
 
 def cuda_architectures() -> list[str]:
-    """As "8.0" or "9.0a", from TORCH_CUDA_ARCH_LIST or the GPU that is here."""
+    """As "8.0" or "9.0a", from TORCH_CUDA_ARCH_LIST or the GPUs that are here."""
     if named := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return named.replace(";", " ").split()
+        return [one for one in named.replace(";", " ").split() if capability(one) >= CUDA_OLDEST]
     torch = find_torch()
     if not torch.cuda.is_available():
         return CUDA_ARCHITECTURES
-    major, minor = torch.cuda.get_device_capability()
-    return [f"{major}.{minor}{'a' if major == 9 else ''}"]
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [
+        f"{major}.{minor}{'a' if major == 9 else ''}"
+        for major, minor in sorted(here)
+        if (major, minor) >= CUDA_OLDEST
+    ]
+
+
+def capability(architecture: str) -> tuple[int, int]:
+    """(9, 0) of "9.0a+PTX"."""
+    parts = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", architecture)
+    if parts is None:
+        stop(
+            f"TORCH_CUDA_ARCH_LIST has {architecture!r}, which is no compute capability",
+            'write for example TORCH_CUDA_ARCH_LIST="8.0;9.0a"',
+        )
+    return int(parts[1]), int(parts[2])
+
+
+def digits(architecture: str) -> str:
+    """ "90a" of "9.0a+PTX"."""
+    return architecture.removesuffix("+PTX").replace(".", "")
 
 
 def code_flags(architectures: list[str]) -> list[str]:
     """nvcc's options for machine code; "+PTX" adds what later GPUs can compile."""
     flags = []
     for architecture in architectures:
-        version = architecture.removesuffix("+PTX").replace(".", "")
-        if not version.rstrip("a").isdigit():
-            stop(
-                f"TORCH_CUDA_ARCH_LIST has {architecture!r}, which is no compute capability",
-                'write for example TORCH_CUDA_ARCH_LIST="8.0;9.0a"',
-            )
+        version = digits(architecture)
         flags.append(f"-gencode=arch=compute_{version},code=sm_{version}")
         if architecture.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{version},code=compute_{version}")
     return flags
+
+
+def host_compiler(cxx: str) -> str:
+    """The program that nvcc calls: it takes a name alone."""
+    words = shlex.split(cxx)
+    return next((w for w in words if Path(w).name not in COMPILER_LAUNCHERS), cxx)
 
 
 class NinjaBuild(build_ext):
@@ -186,7 +244,8 @@ class NinjaBuild(build_ext):
             stop(
                 "a compilation failed (the compiler's message is above)",
                 "use g++ 11 or later, or clang++ 14 or later (set CXX), and a torch >= 2.11 "
-                "whose headers are complete (pip install --force-reinstall torch)",
+                "whose headers are complete (pip install --force-reinstall torch); FORCE_CUDA=0 "
+                "leaves out what nvcc compiles",
             )
 
     def rules(self) -> list[str]:
@@ -232,20 +291,35 @@ class NinjaBuild(build_ext):
         if home is None:
             return []
         # As on the CPU, products and sums fuse where fmaf says so; hidden symbols, as there.
-        flags = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo", f"-ccbin {self.cxx}"]
-        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+        flags = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo", f"-I{ROOT / 'csrc'}"]
+        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin {host_compiler(self.cxx)}"]
         flags += code_flags(cuda_architectures())
         folders = [home / "lib64", home / "lib", home / "targets/x86_64-linux/lib"]
         link = [torch_link, *(f"-L{folder}" for folder in folders if folder.exists())]
-        if self.torch.version.cuda is not None:
-            link.append("-ltorch_cuda")
+        if self.torch.version.cuda is None:
+            link.append(f"-L{self.empty_torch_cuda()}")
+        link.append("-Wl,--no-as-needed -ltorch_cuda -Wl,--as-needed")
+        # The runtime's functions stay inside: torch has another version of them in the process.
+        link.append("-Wl,--exclude-libs,ALL -lcudart_static -ldl -lrt -lpthread")
         return [
             "rule nvcc",
             f"  command = {home / 'bin/nvcc'} -MD -MF $out.d {' '.join(flags)} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
-            f"cuda_link = {' '.join(link)} -lcudart_static -ldl -lrt -lpthread",
+            f"cuda_link = {' '.join(link)}",
         ]
+
+    def empty_torch_cuda(self) -> Path:
+        """The folder of a library without functions that has the name of torch's for CUDA.
+
+        What is built where torch has no CUDA names it, and runs where torch has.
+        """
+        folder = self.build_directory / "torch_cuda"
+        folder.mkdir(exist_ok=True)
+        name = "libtorch_cuda.so"
+        command = [*shlex.split(self.cxx), "-shared", f"-Wl,-soname,{name}", "-x", "c", os.devnull]
+        subprocess.run([*command, "-o", str(folder / name)], check=True)
+        return folder
 
     def edges(self, extension: Extension) -> list[str]:
         isa = extension.name.rpartition("_cpu_")[2] if "_cpu_" in extension.name else None
