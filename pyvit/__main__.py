@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import importlib.util
 import platform
 import sys
@@ -32,7 +31,7 @@ def gpu_lines() -> list[str]:
     else:
         reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU found"
         gpu = f"none: {reason}"
-    triton = _backends.triton_problem() or f"{importlib.metadata.version('triton')}"
+    triton = _backends.triton_problem() or _backends.triton_version()
     return [
         f"gpu           {gpu}",
         f"  triton      {triton}",

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,45 @@ def test_a_backend_that_is_asked_for_and_cannot_run(monkeypatch, forgetful):
     with pyvit.backend("cuda"), pytest.raises(NotImplementedError, match=message):
         _backends.require_kernels("conv2d", OnGpu())
     _backends.require_kernels("conv2d", OnGpu())
+
+
+def test_a_triton_of_another_name_is_found(monkeypatch, forgetful):
+    """torch's nightly builds bring it as pytorch-triton."""
+
+    def unknown(name):
+        raise _backends.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(_backends.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(_backends.importlib.metadata, "version", unknown)
+    stand_in = SimpleNamespace(__version__="3.7.0+git1")
+    monkeypatch.setattr(_backends.importlib, "import_module", lambda name: stand_in)
+    assert _backends.triton_problem() == ""
+    assert _backends.triton_version() == "3.7.0+git1"
+
+
+def test_a_backend_inside_a_compiled_function_holds_there():
+    asked = []
+
+    def record(x):
+        asked.append(_backends._asked)
+        return x.clone()
+
+    library = torch.library.Library("pyvit_test", "FRAGMENT")
+    library.define("record(Tensor x) -> Tensor")
+    library.impl("record", record, "CPU")
+    library.impl("record", torch.empty_like, "Meta")
+
+    @torch.compile(backend="eager")
+    def compiled(x):
+        x = torch.ops.pyvit_test.record(x)
+        with pyvit.backend("cuda"):
+            x = torch.ops.pyvit_test.record(x)
+        return torch.ops.pyvit_test.record(x)
+
+    compiled(torch.ones(2))
+    with pyvit.backend("triton"):
+        compiled(torch.ones(2))
+    assert asked[-6:] == ["auto", "cuda", "auto", "triton", "cuda", "triton"]
 
 
 def test_an_unknown_backend_is_refused():

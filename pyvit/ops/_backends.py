@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -50,9 +51,9 @@ class backend:
 
     A context manager; the variable ``PYVIT_BACKEND`` says the same for a whole process. It holds
     for every thread, as a switch of ``torch.backends`` does, and for the calls made while it
-    lasts: a backward pass that comes later is run by what is asked for then. ``"auto"``, the
-    default, takes for each op what was measured to be faster, or the one that is installed. CPU
-    tensors are not concerned.
+    lasts: a backward pass that comes later is run by what is asked for then. Inside a function
+    for ``torch.compile`` it breaks the graph. ``"auto"``, the default, takes for each op what was
+    measured to be faster, or the one that is installed. CPU tensors are not concerned.
 
     Raises:
         ValueError: ``name`` is none of the three.
@@ -72,6 +73,8 @@ class backend:
 
     def __enter__(self) -> None:
         global _asked
+        if torch.compiler.is_compiling():  # a graph would be run before the switch is moved
+            torch._dynamo.graph_break("pyvit.backend is for around a compiled function")
         self._before.append(_asked)
         _asked = self.name
 
@@ -107,16 +110,24 @@ def triton_problem() -> str:
     wanted = f"pip install 'triton>={TRITON_MINIMUM[0]}.{TRITON_MINIMUM[1]}'"
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed: {wanted}"
-    version = importlib.metadata.version("triton")
+    version = triton_version()
     if tuple(int(part) for part in version.split(".")[:2]) < TRITON_MINIMUM:
         return f"Triton {version} is too old: {wanted}"
     return ""
+
+
+def triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # torch's nightly builds name it otherwise
+        return importlib.import_module("triton").__version__
 
 
 # ---- CUDA C++ -----------------------------------------------------------------------------------
 
 CUDA_LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 _loaded: list[torch.library.Library] = []
+_loading = threading.Lock()
 
 
 def load_cuda(path: Path) -> None:
@@ -124,14 +135,15 @@ def load_cuda(path: Path) -> None:
 
     The schemas are those of pyvit's ops, and say last whether TF32 is allowed, where it matters.
     """
-    if not _loaded:
-        library = torch.library.Library("pyvit_cuda", "FRAGMENT")
-        for schema in _library.schemas:
-            if schema.partition("(")[0] in _tf32_switches:
-                schema = schema.replace(") ->", ", bool allow_tf32) ->", 1)
-            library.define(schema)
-        _loaded.append(library)
-    torch.ops.load_library(str(path))
+    with _loading:  # first calls may come from several threads
+        if not _loaded:
+            library = torch.library.Library("pyvit_cuda", "FRAGMENT")
+            for schema in _library.schemas:
+                if schema.partition("(")[0] in _tf32_switches:
+                    schema = schema.replace(") ->", ", bool allow_tf32) ->", 1)
+                library.define(schema)
+            _loaded.append(library)
+        torch.ops.load_library(str(path))
 
 
 @functools.cache
