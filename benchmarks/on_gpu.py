@@ -1,9 +1,9 @@
 """``make gpu``: everything that a machine with a GPU can show, in ten minutes.
 
-Each step has its share of the time that is left, and one that fails or is stopped does not keep
-the next ones from running; the table at the end, and the exit status, say which did. Nothing is
-downloaded or installed: the interpreter that runs this has torch with CUDA, Triton and pytest, and
-what is built lies in ``build/gpu/lib``.
+Each step has its share of the time that is left, and what it leaves over is the others'. One that
+fails or is stopped does not keep the next ones from running; the table at the end, and the exit
+status, say which did. Nothing is downloaded or installed: the interpreter that runs this has torch
+with CUDA, Triton and pytest, and what is built lies in ``build/gpu/lib``.
 
 ``$OUT``, or else ``gpu-results/``, gets ``gpu.json`` and ``gpu.png`` (the benchmarks),
 ``table.txt`` and ``log.txt`` (all that the steps printed).
@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "gpu" / "lib"
 SUITE = str(ROOT / "benchmarks" / "suite.py")
 ONLY_ON_GPU = ["test_gpu.py", "-k"]
+# Files of no use there: run by themselves, without a GPU, or by steps of their own.
+OTHER_TESTS = ["gpu", "gpu_rows", "on_gpu", "cuda_emulation", "backends", "nvcc", "setup"]
 SHOWN = 15  # last lines of a step's output
 PROCESSES = 12  # that compile and check kernels side by side
 # Seconds for each op's rows where nothing before took too long.
@@ -73,10 +75,9 @@ def steps(plan: Plan) -> list[Step]:
     python = sys.executable
     alone = [python, "-m", "pytest", "-p", "no:cacheprovider"]
     several = [*alone, *side_by_side(plan)]
-    build = [python, str(ROOT / "setup.py"), "--quiet", "build", "--build-lib", str(BUILT)]
     kernels, processor = test_selections(plan)
     found = [
-        Step("build", 120, partial(command, plan, build, cwd=ROOT)),
+        Step("build", 300, partial(build, plan)),  # nothing runs without it
         Step("info", 20, partial(command, plan, [python, "-m", "pyvit", "info"])),
         Step("GPU alone", 70, partial(command, plan, [*several, *ONLY_ON_GPU, "not 32_bits"])),
         Step("beyond 32 bits", 30, partial(command, plan, [*alone, *ONLY_ON_GPU, "32_bits"])),
@@ -171,6 +172,20 @@ def wait(process: subprocess.Popen, end: float) -> str:
 # ---- steps ---------------------------------------------------------------------------------------
 
 
+def build(plan: Plan, seconds: float) -> str:
+    """All kernels; where CUDA's do not compile, the others, so that Triton's can be looked at."""
+    arguments = [sys.executable, str(ROOT / "setup.py"), "--quiet", "build"]
+    arguments += ["--build-lib", str(BUILT)]
+    end = time.monotonic() + seconds
+    verdict = command(plan, arguments, seconds * 3 / 4, cwd=ROOT)
+    if verdict == "passed":
+        return verdict
+    others = {"FORCE_CUDA": "0"}
+    left = end - time.monotonic()
+    then = command(plan, arguments, left, cwd=ROOT, environment=others)
+    return f"{verdict}; without CUDA C++: {then}"
+
+
 def side_by_side(plan: Plan) -> list[str]:
     """Where pytest-xdist is there: kernels are compiled on many cores at once."""
     if plan.quick or importlib.util.find_spec("xdist") is None:
@@ -182,7 +197,7 @@ def test_selections(plan: Plan) -> tuple[list[str], list[str]]:
     """What runs on a GPU, and the accuracy of what runs on the processor."""
     if plan.quick:
         return ["test_info.py"], ["test_unfold.py", "-m", "accuracy", "-k", "float16"]
-    others = ["--ignore", "test_gpu.py", "--ignore", "test_gpu_rows.py"]
+    others = [f"--ignore=test_{name}.py" for name in OTHER_TESTS]
     return (
         [".", "-k", "triton or cuda or gpu", *others],
         [".", "-m", "accuracy", "-k", "not triton and not cuda", *others],

@@ -50,6 +50,18 @@ def test_a_failing_step_stops_no_other(plan):
     assert "OSError: no program" in on_gpu.table(done)
 
 
+def test_what_compiles_is_built_where_cuda_does_not(plan, monkeypatch):
+    verdicts, asked = iter(["failed with exit status 1", "passed"]), []
+
+    def command(plan, arguments, seconds, *, cwd, environment=None):
+        asked.append((environment, seconds))
+        return next(verdicts)
+
+    monkeypatch.setattr(on_gpu, "command", command)
+    assert on_gpu.build(plan, 100) == "failed with exit status 1; without CUDA C++: passed"
+    assert asked == [(None, 75), ({"FORCE_CUDA": "0"}, pytest.approx(100, abs=5))]
+
+
 @pytest.mark.parametrize(
     "code, verdict",
     [
