@@ -233,6 +233,8 @@ class NinjaBuild(build_ext):
         super().run()
 
     def build_extensions(self) -> None:
+        if CUDA_HOME is None:  # what an earlier build left is not what was asked for
+            Path(self.get_ext_fullpath("pyvit._cuda")).unlink(missing_ok=True)
         lines = self.rules()
         for extension in self.extensions:
             lines += self.edges(extension)
@@ -299,8 +301,7 @@ class NinjaBuild(build_ext):
         if self.torch.version.cuda is None:
             link.append(f"-L{self.empty_torch_cuda()}")
         link.append("-Wl,--no-as-needed -ltorch_cuda -Wl,--as-needed")
-        # The runtime's functions stay inside: torch has another version of them in the process.
-        link.append("-Wl,--exclude-libs,ALL -lcudart_static -ldl -lrt -lpthread")
+        link.append("-lcudart_static -ldl -lrt -lpthread")
         return [
             "rule nvcc",
             f"  command = {home / 'bin/nvcc'} -MD -MF $out.d {' '.join(flags)} -c $in -o $out",

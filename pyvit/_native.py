@@ -61,7 +61,7 @@ def _load() -> None:
         try:
             torch.ops.load_library(str(library_path(isa)))
         except OSError as error:
-            load_problem = f"{isa}: {error}"
+            load_problem = f"{isa}: {error.__cause__ or error}"
             continue
         loaded_isa, load_problem = isa, ""
         return

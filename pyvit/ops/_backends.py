@@ -159,7 +159,7 @@ def cuda_problem() -> str:
     try:
         load_cuda(CUDA_LIBRARY)
     except OSError as error:
-        return f"the CUDA C++ kernels cannot be loaded: {error}"
+        return f"the CUDA C++ kernels cannot be loaded: {error.__cause__ or error}"
     return ""
 
 
