@@ -17,6 +17,7 @@ SHAPES = {
     "uncovered edge": (2, 3, 33, 30, 19, (4, 7), None),
     "one pixel": (3, 3, 1, 1, 5, (1, 1), None),
     "one patch": (2, 3, 9, 10, 17, (9, 10), None),
+    "one patch, odd planes": (2, 8, 3, 3, 17, (3, 3), None),
     "overlapping": (2, 3, 30, 31, 17, (7, 7), (5, 3)),
     "gaps": (2, 2, 40, 23, 9, (3, 2), (4, 6)),
     "wide gaps": (1, 3, 40, 90, 9, (2, 2), (9, 70)),
@@ -26,12 +27,12 @@ SHAPES = {
     # and patches.
     "large patches": (1, 3, 144, 144, 32, (24, 24), None),
     "many of all": (1, 3, 264, 264, 1056, (8, 8), None),
-    "many patches": (4, 1, 114, 115, 9, (2, 2), None),  # a GPU's larger tiles
+    "many patches": (4, 17, 114, 115, 66, (2, 2), None),  # a GPU's larger tiles
 }
 # Those that Triton's interpreter is quick enough for.
 INTERPRETED_SHAPES = [
     *("patch 14", "grey digits", "uncovered edge", "one pixel", "one patch", "overlapping", "gaps"),
-    *("wide gaps",),
+    *("one patch, odd planes", "wide gaps"),
 ]
 NAMES = ("image", "weight", "bias", "pos_embed", "cls_token", "mean", "std")
 

@@ -11,11 +11,12 @@
 // ViT-B/16, 256 images of 3 x 224 x 224, bfloat16: 59 GFLOP a product, 75 µs of an H200's matrix
 // units at their measured 790 TFLOP/s (mma.sync reaches some two thirds of that); 154 MB of image
 // and tokens, 36 µs. Blocks of one row of tiles, which have the same patches, run side by side: the
-// image is read from memory once. The weight's gradient writes 17 parts of 2.4 MB and reads them
+// image is read from memory once. The weight's gradient writes 14 parts of 2.4 MB and reads them
 // again.
 #include "cuda/patch_embed.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "cuda/patch_embed_products.h"
 
@@ -23,7 +24,8 @@ namespace pyvit::cuda {
 namespace {
 
 constexpr int64_t kTokensOfAPart = 1024;  // of the weight's gradient, at least
-constexpr int64_t kEnoughBlocks = 600;    // parts beyond that only cost memory
+constexpr int64_t kEnoughBlocks = 528;    // two for each place on an H200; more only cost memory
+constexpr int64_t kLargestTile = 128;
 
 int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 int64_t patches_of(const PatchEmbedShape& s) { return s.grid[0] * s.grid[1]; }
@@ -50,15 +52,15 @@ bool is_channel_inside(const PatchEmbedShape& s, const View4& image) {
 
 // Whether `unit` elements lie side by side, aligned: see Operand.
 bool lie_in_units(const Nest& lines, const Nest& elements, const void* data, int64_t unit,
-                  int64_t element_bytes, bool may_end_early) {
+                  int64_t element_bytes, bool is_copied) {
   int64_t run = 1;
   int axis = 2;
-  for (; axis >= 0; --axis) {
+  for (; axis >= (is_copied ? 0 : 1); --axis) {
     if (elements.size[axis] == 1) continue;
     if (elements.stride[axis] != run) break;
     run *= elements.size[axis];
   }
-  bool fits = run % unit == 0 || (may_end_early && run == elements.total());
+  bool fits = run % unit == 0 || (is_copied && run == elements.total());
   auto apart = [&](const Nest& nest, int i) {
     fits = fits && (nest.size[i] == 1 || nest.stride[i] % unit == 0);
   };
@@ -70,6 +72,9 @@ bool lie_in_units(const Nest& lines, const Nest& elements, const void* data, int
 // `chunk`: elements in 16 bytes of shared memory, where they are made to numbers of `dtype`.
 Operand operand_of(DType dtype, const void* data, const Nest& lines, const Nest& elements,
                    int64_t element_bytes, bool is_copied) {
+  if (std::max(lines.total(), elements.total()) > INT32_MAX - kLargestTile) {
+    throw std::runtime_error("pyvit.patch_embed: the CUDA kernels take fewer than 2^31 patches");
+  }
   Operand operand{};
   operand.data = data;
   operand.lines = static_cast<int>(lines.total());
@@ -181,9 +186,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 int64_t parts_of(const PatchEmbedShape& s) {
-  auto tiles = [](int64_t size) { return (size + 127) / 128; };
-  const int64_t blocks = tiles(s.embed_dim) * tiles(pixels_of(s));
-  const int64_t most = (kEnoughBlocks + blocks - 1) / blocks;
+  auto tiles = [](int64_t size) { return (size + kLargestTile - 1) / kLargestTile; };
+  const int64_t most = kEnoughBlocks / (tiles(s.embed_dim) * tiles(pixels_of(s)));
   return std::max<int64_t>(1, std::min(tokens_of(s) / kTokensOfAPart, most));
 }
 

@@ -2,6 +2,8 @@
 // (product.cuh) come into shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/divide.h"
 #include "cuda/dtypes.h"
 #include "cuda/product.cuh"
@@ -19,7 +21,8 @@ struct Operand {
   int64_t element_stride[3];
   // How many elements, counted from any multiple of it, lie side by side in memory, aligned to
   // their size: a chunk of 16 bytes in shared memory, 4 bytes (of 16-bit elements two), or one.
-  // Where they are only copied, the last ones of a line may be fewer.
+  // Where they are only copied, the last ones of a line may be fewer; else they are of one outer
+  // index, which is the channel unless that is inside.
   int unit;
   // (x · scale - mean) / std; the element's outer or inner index is the channel.
   const float* mean;  // or null
@@ -47,11 +50,26 @@ struct Operand {
 struct Normal {
   float scale, shift, factor;
 
+  __device__ Normal(float scale, float shift, float factor)
+      : scale(scale), shift(shift), factor(factor) {}
   __device__ Normal(const Operand& operand, int channel)
       : scale(operand.scale), shift(operand.mean ? -operand.mean[channel] : 0.0f),
         factor(operand.std ? 1.0f / operand.std[channel] : 1.0f) {}
   __device__ float operator()(float x) const { return fmaf(x, scale, shift) * factor; }
 };
+
+// f(std::integral_constant) of a unit of elements that become E.
+template <class E, class F>
+__device__ void with_unit(int unit, const F& f) {
+  constexpr int kChunk = 16 / sizeof(E), kPair = 4 / sizeof(E);
+  if (unit == kChunk) {
+    f(std::integral_constant<int, kChunk>{});
+  } else if (kPair > 1 && unit == kPair) {
+    f(std::integral_constant<int, kPair>{});
+  } else {
+    f(std::integral_constant<int, 1>{});
+  }
+}
 
 // Brings a tile's slabs, one after another along the sum: of a deep slab the next elements of the
 // same lines, of a wide one the next lines. A thread has one chunk of kPasses lines in each.
@@ -144,66 +162,22 @@ class Copy {
   Share<S, E, kThreads> share_;
 };
 
-// Pixels that are normalised on their way: where chunks are whole, their loads are on their way
-// while products are made; else one by one.
+// Pixels that are normalised on their way: they are loaded into registers, a unit at a time, while
+// products are made, and leave for shared memory afterwards.
 template <class S, class E, class From, int kThreads>
 class Normalise {
  public:
   __device__ Normalise(const Operand& from, int line, int end, int first_element)
       : share_(from, line, end, first_element) {}
 
-  __device__ void start(int slab, const S& to) {
-    const Operand& operand = share_.operand;
+  __device__ void start(int slab, const S&) {
     first_ = share_.move_to(slab);
-    const int left = operand.elements - first_;
-    const From* data = static_cast<const From*>(operand.data);
-    if (operand.unit == S::kChunk) {
-      const int64_t at = left > 0 ? operand.element(first_) : 0;
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int64_t line = share_.offset[pass];
-        if (line >= 0 && left > 0) {
-          chunks_[pass] = *reinterpret_cast<const Words*>(data + line + at);
-        }
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int i = 0; i < S::kChunk; ++i) {
-      const bool inside = i < left;
-      const int64_t at = inside ? operand.element(first_ + i) : 0;
-      const Normal normal(operand, inside ? operand.channel(first_ + i) : 0);
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int64_t line = share_.offset[pass];
-        const bool there = line >= 0 && inside;
-        const float value = there ? normal(widen(data[line + at])) : 0.0f;
-        reinterpret_cast<E*>(share_.place(to, pass))[i] = narrow<E>(value);
-      }
-    }
+    with_unit<E>(share_.operand.unit, [&](auto unit) { load<unit.value>(); });
   }
-
   __device__ void finish(const S& to) {
     const Operand& operand = share_.operand;
-    if (operand.unit != S::kChunk) return;
-    const bool inside = first_ < operand.elements;
-    Normal normal(operand, inside ? operand.channel(first_) : 0);
-    if (operand.channel_inside) {
-#pragma unroll
-      for (int i = 0; i < S::kChunk; ++i) {
-        if (i > 0) normal = Normal(operand, inside ? operand.channel(first_ + i) : 0);
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) write(to, pass, i, inside, normal);
-      }
-    } else {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        alignas(16) E values[S::kChunk];
-#pragma unroll
-        for (int i = 0; i < S::kChunk; ++i) values[i] = value(pass, i, inside, normal);
-        *reinterpret_cast<uint4*>(share_.place(to, pass)) = *reinterpret_cast<uint4*>(values);
-      }
-    }
+    with_unit<E>(operand.channel_inside ? 1 : operand.unit,
+                 [&](auto unit) { write<unit.value>(to); });
   }
 
  private:
@@ -213,6 +187,61 @@ class Normalise {
     uint32_t values[sizeof(From) * S::kChunk / 4];
   };
 
+  template <int kUnit>
+  __device__ void load() {
+    const Operand& operand = share_.operand;
+    const From* data = static_cast<const From*>(operand.data);
+#pragma unroll
+    for (int i = 0; i < S::kChunk; i += kUnit) {
+      const bool inside = first_ + i < operand.elements;
+      const int64_t at = inside ? operand.element(first_ + i) : 0;
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int64_t line = share_.offset[pass];
+        if (line >= 0 && inside) put<kUnit>(chunks_[pass], i, data + line + at);
+      }
+    }
+  }
+  // Elements i … i + kUnit - 1 of a chunk; those before them are there.
+  template <int kUnit>
+  __device__ static void put(Words& chunk, int i, const From* from) {
+    constexpr int kBytes = kUnit * static_cast<int>(sizeof(From));
+    const int at = i * static_cast<int>(sizeof(From));
+    if constexpr (kUnit == S::kChunk) {
+      chunk = *reinterpret_cast<const Words*>(from);
+    } else if constexpr (kBytes == 4) {
+      chunk.values[at / 4] = *reinterpret_cast<const uint32_t*>(from);
+    } else {
+      using Part = std::conditional_t<kBytes == 2, uint16_t, uint8_t>;
+      const uint32_t part = *reinterpret_cast<const Part*>(from);
+      uint32_t& word = chunk.values[at / 4];
+      word = at % 4 == 0 ? part : word | part << (8 * (at % 4));
+    }
+  }
+
+  // kUnit elements have one channel.
+  template <int kUnit>
+  __device__ void write(const S& to) const {
+    const Operand& operand = share_.operand;
+    float shift[S::kChunk / kUnit], factor[S::kChunk / kUnit];
+#pragma unroll
+    for (int i = 0; i < S::kChunk / kUnit; ++i) {
+      const int e = first_ + i * kUnit;
+      const Normal normal(operand, e < operand.elements ? operand.channel(e) : 0);
+      shift[i] = normal.shift, factor[i] = normal.factor;
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      alignas(16) E values[S::kChunk];
+#pragma unroll
+      for (int i = 0; i < S::kChunk; ++i) {
+        const bool there = first_ + i / kUnit * kUnit < operand.elements && share_.offset[pass] >= 0;
+        const Normal normal{operand.scale, shift[i / kUnit], factor[i / kUnit]};
+        values[i] = narrow<E>(there ? normal(pixel(pass, i)) : 0.0f);
+      }
+      *reinterpret_cast<uint4*>(share_.place(to, pass)) = *reinterpret_cast<uint4*>(values);
+    }
+  }
   __device__ float pixel(int pass, int i) const {
     constexpr int kOfWord = 4 / sizeof(From);
     const uint32_t word = chunks_[pass].values[i / kOfWord];
@@ -224,13 +253,6 @@ class Normalise {
     } else {
       return static_cast<float>(word >> (8 * (i % 4)) & 255u);
     }
-  }
-  __device__ E value(int pass, int i, bool inside, const Normal& normal) const {
-    const bool there = inside && share_.offset[pass] >= 0;
-    return narrow<E>(there ? normal(pixel(pass, i)) : 0.0f);
-  }
-  __device__ void write(const S& to, int pass, int i, bool inside, const Normal& normal) const {
-    reinterpret_cast<E*>(share_.place(to, pass))[i] = value(pass, i, inside, normal);
   }
 
   Share<S, E, kThreads> share_;

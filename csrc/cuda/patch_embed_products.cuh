@@ -15,11 +15,14 @@ namespace {  // compiled for its kinds by each file that includes it
 constexpr int kStages = 3;
 constexpr int kSlabBytes = 128;  // of the terms of a sum
 
-// Blocks that have to fit on a multiprocessor: of 128 registers a thread, or twice that for fused
-// products and for pixels that are made in large tiles.
+// Blocks that have to fit on a multiprocessor: of 128 registers a thread; of up to twice that for
+// fused products and where pixels are made, which wait in registers.
 template <class P, class From = void>
 constexpr int kTogether =
-    (P::kFused || (P::kM * P::kN == 128 * 128 && !std::is_void_v<From>) ? 256 : 512) / P::kThreads;
+    (P::kFused                    ? 256
+     : std::is_void_v<From>       ? 512
+     : P::kM * P::kN == 128 * 128 ? 256
+                                  : 384) / P::kThreads;
 
 template <class Kind>
 constexpr int kTermsOf = kSlabBytes / static_cast<int>(sizeof(typename Kind::Element));
@@ -187,21 +190,23 @@ __global__ void __launch_bounds__(P::kThreads, kTogether<P>)
   for_each_chunk<kCount>(product, shared, [&](int row, int column) {
     const int t = first_token + row, k = first_pixel + column;
     if (t >= image.lines || k >= image.elements) return;
-    float values[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      values[i] = shared.sums(row)[column + i];
-      if (image.std && k + i < image.elements) values[i] /= image.std[image.channel(k + i)];
-    }
     E* to = out + image.line(t);
-    if (image.unit == kCount) {
-      write(to + image.element(k), values, kCount, true);
-    } else {
+    with_unit<E>(image.unit, [&](auto unit) {
+      constexpr int kUnit = unit.value;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (k + i < image.elements) to[image.element(k + i)] = narrow<E>(values[i]);
+      for (int i = 0; i < kCount; i += kUnit) {
+        if (k + i >= image.elements) return;
+        float values[kUnit], factor = 1.0f;
+#pragma unroll
+        for (int j = 0; j < kUnit; ++j) {
+          if (image.std && (j == 0 || image.channel_inside)) {
+            factor = Normal(image, image.channel(k + i + j)).factor;
+          }
+          values[j] = shared.sums(row)[column + i + j] * factor;
+        }
+        write(to + image.element(k + i), values, kUnit, true);
       }
-    }
+    });
   });
 }
 
@@ -280,8 +285,11 @@ void sum_weights_in(const WeightSums& call, void* stream) {
          kSharedBytes<P, Kind, false, false>, stream, call, Divisor(across), Divisor(down));
 }
 
-bool enough(int64_t rows, int64_t columns) {
-  return tiles(rows, 128) * tiles(columns, 128) >= kEnough;
+// Whether large tiles give all multiprocessors work, and fit on one: sm_86 and sm_89 have 99 KB.
+template <class P, class Kind, bool kDeepA, bool kDeepB>
+bool suits(int64_t rows, int64_t columns) {
+  return columns > 64 && tiles(rows, 128) * tiles(columns, 128) >= kEnough &&
+         kSharedBytes<P, Kind, kDeepA, kDeepB> <= most_shared_memory();
 }
 
 }  // namespace
@@ -289,24 +297,28 @@ bool enough(int64_t rows, int64_t columns) {
 // Sums are made in the same order in tiles of any size: the choice may depend on the batch.
 template <class Kind>
 void sum_tokens(const TokenSums& call, void* stream) {
-  if (enough(call.patches.lines, call.weights.lines)) {
-    return sum_tokens_in<Large<Kind, true, true>, Kind>(call, stream);
+  using P = Large<Kind, true, true>;
+  if (suits<P, Kind, true, true>(call.patches.lines, call.weights.lines)) {
+    return sum_tokens_in<P, Kind>(call, stream);
   }
   sum_tokens_in<Small<Kind, true, true>, Kind>(call, stream);
 }
 
 template <class Kind>
 void sum_image(const ImageSums& call, void* stream) {
-  if (enough(call.image.lines, call.image.elements)) {
-    return sum_image_in<Large<Kind, true, false>, Kind>(call, stream);
+  using P = Large<Kind, true, false>;
+  if (suits<P, Kind, true, false>(call.image.lines, call.image.elements)) {
+    return sum_image_in<P, Kind>(call, stream);
   }
   sum_image_in<Small<Kind, true, false>, Kind>(call, stream);
 }
 
 template <class Kind>
 void sum_weights(const WeightSums& call, void* stream) {
-  if (call.grads.elements > 64 && call.patches.elements > 64) {
-    return sum_weights_in<Large<Kind, false, false>, Kind>(call, stream);
+  using P = Large<Kind, false, false>;
+  if (call.grads.elements > 64 && call.patches.elements > 64 &&
+      kSharedBytes<P, Kind, false, false> <= most_shared_memory()) {
+    return sum_weights_in<P, Kind>(call, stream);
   }
   sum_weights_in<Small<Kind, false, false>, Kind>(call, stream);
 }
