@@ -256,3 +256,12 @@ def test_bad_calls_name_the_argument(case):
     arguments = dict(image=zeros(1, 3, 8, 8), weight=zeros(5, 3, 4, 4)) | changed
     with pytest.raises(error, match=rf"pyvit\.patch_embed: `{argument}` must be .*; got "):
         patch_embed(**arguments)
+
+
+def test_more_patches_than_a_gpu_kernel_counts(backend):
+    if "cuda" not in backend:
+        pytest.skip("the other kernels count further")
+    with torch.device("cuda" if backend == "cuda" else "cpu"):
+        grad, image = (torch.zeros(1).expand(1 << 31, *[1] * n) for n in (2, 3))
+    with pytest.raises(RuntimeError, match=r"fewer than 2\^31 patches"):
+        torch.ops.pyvit.patch_embed_weight_grad(grad, image, None, None, [1] * 4, [1, 1], False)

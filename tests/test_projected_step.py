@@ -96,6 +96,22 @@ def test_momentum(dtype, norm):
     assert torch.equal(y, projected_step(x, after, x0, **options))
 
 
+@pytest.mark.interpreted(norm=[])
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_sums_of_a_large_image(norm):
+    """CUDA kernels give each block more of an image that would have too many of them."""
+    x, grad, x0, before = tensors((2, 512 * 4096 + 4099))
+    options = sizes(norm, x.shape)
+    y, after = projected_step(x, grad, x0, momentum=before, **options)
+    truth = grad.double() / grad.double().abs().mean(1, keepdim=True) + before.double()
+    eager = grad / grad.abs().mean(1, keepdim=True) + before
+    assert_as_accurate(after, eager, truth, 2, "momentum")
+    wide = [t.double() for t in (x, after, x0)]
+    assert_as_accurate(y, reference(x, after, x0, **options), reference(*wide, **options), 2)
+    assert torch.equal(y[1:], projected_step(x[1:], after[1:], x0[1:], **options))
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.accuracy
 def test_sums_survive_the_ends_of_the_range():

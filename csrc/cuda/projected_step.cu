@@ -263,9 +263,16 @@ int threads_of(int64_t elements) {
   return static_cast<int>(std::min<int64_t>((wanted + kWarp - 1) / kWarp * kWarp, kMostThreads));
 }
 
-int64_t chunks_of(int64_t elements) {
-  const int64_t each = int64_t{threads_of(elements)} * kPerThread;
-  return (elements + each - 1) / each;
+int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+int sums_of_chunk(const ProjectedStep& step) {
+  return (step.has_momentum ? 1 : 0) + (step.norm == StepNorm::l2 ? 3 : 0);
+}
+
+int64_t chunk_elements(const ProjectedStep& step) {
+  const int64_t elements = image_elements(step), least = int64_t{threads_of(elements)} * kPerThread;
+  const int64_t chunks = ceil_divide(elements, least);
+  return sums_of_chunk(step) == 0 ? least : least * ceil_divide(chunks, kMostSums);
 }
 
 // Where images differ in nothing but their elements, all are one image to the kernels.
@@ -325,7 +332,8 @@ Images images_of(DType dtype, const ProjectedStep& step) {
   Images images{};
   images.elements = image_elements(step);
   images.threads = threads_of(images.elements);
-  images.chunks = Divisor(chunks_of(images.elements));
+  images.per_chunk = chunk_elements(step);
+  images.chunks = Divisor(ceil_divide(images.elements, images.per_chunk));
   images.dimensions = static_cast<int>(step.sizes.size());
   if (step.sizes.size() > kMostDimensions) {
     throw std::runtime_error(
@@ -356,8 +364,8 @@ int64_t step_deltas(const ProjectedStep& step) {
 }
 
 int64_t step_sums(const ProjectedStep& step) {
-  const int64_t sums = (step.has_momentum ? 1 : 0) + (step.norm == StepNorm::l2 ? 3 : 0);
-  return sums * step.batch * chunks_of(image_elements(step));
+  return sums_of_chunk(step) * step.batch *
+         ceil_divide(image_elements(step), chunk_elements(step));
 }
 
 void projected_step(DType dtype, ProjectedStep step, StepScratch scratch, void* stream) {

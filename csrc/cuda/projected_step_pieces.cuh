@@ -14,6 +14,8 @@ namespace pyvit::cuda {
 constexpr int kMostDimensions = 25;  // of an image after merging; torch's own kernels take as many
 constexpr int kPerThread = 16;       // elements of a thread, of all kernels but L1's
 constexpr int kMostThreads = 256;
+// Every warp adds up the sums of its image's chunks: those of larger images have more elements.
+constexpr int64_t kMostSums = 512;
 
 // The images of a call, brought into order by merge_dimensions.
 struct Images {
@@ -21,7 +23,8 @@ struct Images {
   int dimensions;
   bool dense;   // one dimension, side by side and aligned to 16 bytes in every operand
   bool large;   // offsets within an image need more than 31 bits
-  int threads;  // of a block, which has `threads` · kPerThread elements of an image
+  int threads;  // of a block
+  int64_t per_chunk;  // elements; a multiple of `threads` · kPerThread
   Divisor chunks;
   void* data[kStepOperands];
   int64_t batch_stride[kStepOperands];
@@ -135,9 +138,8 @@ struct Chunk {
     const Quotient place(static_cast<int>(block), images.chunks);
     image = place.quotient;
     number = place.rest;
-    const int64_t elements = int64_t{blockDim.x} * kPerThread;
-    begin = number * elements;
-    end = begin + elements < images.elements ? begin + elements : images.elements;
+    begin = number * images.per_chunk;
+    end = min(begin + images.per_chunk, images.elements);
   }
 };
 
