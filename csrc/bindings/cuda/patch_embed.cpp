@@ -12,10 +12,6 @@ cuda::PatchEmbedCall describe(const Tensor& like, const PatchEmbedShape& shape, 
   return {dtype_of(like), bytes, allow_tf32, shape, nullptr, stream_of(like)};
 }
 
-Tensor scratch_of(const Tensor& like, int64_t bytes) {
-  return empty_of(like, {bytes}, ScalarType::Byte);
-}
-
 Tensor forward(Tensor image, Tensor weight, std::optional<Tensor> bias,
                std::optional<Tensor> pos_embed, std::optional<Tensor> cls_token,
                std::optional<Tensor> mean, std::optional<Tensor> std, Ints stride,
@@ -25,8 +21,8 @@ Tensor forward(Tensor image, Tensor weight, std::optional<Tensor> bias,
   Tensor out = empty_like_options(weight, {shape.batch, tokens, shape.embed_dim});
   if (out.numel() == 0) return out;
   auto call = describe(weight, shape, is_bytes(image), allow_tf32);
-  const Tensor scratch = scratch_of(weight, cuda::patch_embed_scratch(call));
-  call.scratch = scratch.mutable_data_ptr();
+  const Scratch scratch(weight, cuda::patch_embed_scratch(call));
+  call.scratch = scratch.data();
   cuda::patch_embed(call, view4(image), {data_or_null(mean), data_or_null(std)}, view4(weight),
                     {data_or_null(bias), data_or_null(pos_embed), data_or_null(cls_token)},
                     out.mutable_data_ptr());
@@ -43,8 +39,8 @@ Tensor image_grad(Tensor grad, Tensor weight, std::optional<Tensor> std, Ints im
     torch::stable::zero_(dimage);  // pixels that no patch has
   }
   auto call = describe(grad, shape, false, allow_tf32);
-  const Tensor scratch = scratch_of(grad, cuda::patch_embed_image_grad_scratch(call));
-  call.scratch = scratch.mutable_data_ptr();
+  const Scratch scratch(grad, cuda::patch_embed_image_grad_scratch(call));
+  call.scratch = scratch.data();
   cuda::patch_embed_image_grad(call, patch_tokens(grad, shape), view4(weight), data_or_null(std),
                                view4(dimage));
   return dimage;
@@ -57,8 +53,8 @@ Tensor weight_grad(Tensor grad, Tensor image, std::optional<Tensor> mean,
   if (dweight.numel() == 0) return dweight;
   const PatchEmbedShape shape = patch_embed_shape(sizes_of(image), weight_size, stride);
   auto call = describe(grad, shape, is_bytes(image), allow_tf32);
-  const Tensor scratch = scratch_of(grad, cuda::patch_embed_weight_grad_scratch(call));
-  call.scratch = scratch.mutable_data_ptr();
+  const Scratch scratch(grad, cuda::patch_embed_weight_grad_scratch(call));
+  call.scratch = scratch.data();
   cuda::patch_embed_weight_grad(call, patch_tokens(grad, shape), view4(image),
                                 {data_or_null(mean), data_or_null(std)}, view4(dweight));
   return dweight;
