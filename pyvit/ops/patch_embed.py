@@ -42,7 +42,7 @@ def _grid(image_size, weight_size, stride) -> tuple[int, int]:
 @_library.fake("patch_embed")
 def _(image, weight, bias, pos_embed, cls_token, mean, std, stride):
     rows, columns = _grid(image.shape, weight.shape, stride)
-    tokens = rows * columns + (cls_token is not None)
+    tokens = rows * columns + int(cls_token is not None)
     return weight.new_empty((image.shape[0], tokens, weight.shape[0]))
 
 
@@ -297,7 +297,7 @@ def patch_embed(
     std = _channel_values("std", std, channels, weight, positive=True)
     if pos_embed is not None:
         rows, columns = _grid(image.shape, weight.shape, step)
-        tokens = rows * columns + (cls_token is not None)
+        tokens = rows * columns + int(cls_token is not None)
         _checks.like(op, "pos_embed", pos_embed, "weight", weight)
         why = " (patches, and one row for cls_token where it is given)"
         _checks.shape(op, "pos_embed", pos_embed, (1,) * (pos_embed.dim() - 2) + (tokens, dim), why)
