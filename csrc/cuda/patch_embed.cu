@@ -11,8 +11,9 @@
 // ViT-B/16, 256 images of 3 x 224 x 224, bfloat16: 59 GFLOP a product, 75 µs of an H200's matrix
 // units at their measured 790 TFLOP/s (mma.sync reaches some two thirds of that); 154 MB of image
 // and tokens, 36 µs. Blocks of one row of tiles, which have the same patches, run side by side: the
-// image is read from memory once. The weight's gradient writes 14 parts of 2.4 MB and reads them
-// again.
+// image is read from memory once. Tiles of 128 x 128 read 0.9 GB in all from the second-level cache,
+// more than 150 µs at some 5.5 TB/s: by calculation that is what bounds a product. The weight's
+// gradient writes 14 parts of 2.4 MB and reads them again.
 #include "cuda/patch_embed.h"
 
 #include <algorithm>

@@ -190,6 +190,9 @@ __global__ void __launch_bounds__(P::kThreads, kTogether<P>)
   for_each_chunk<kCount>(product, shared, [&](int row, int column) {
     const int t = first_token + row, k = first_pixel + column;
     if (t >= image.lines || k >= image.elements) return;
+    float sums[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sums[i] = shared.sums(row)[column + i];
     E* to = out + image.line(t);
     with_unit<E>(image.unit, [&](auto unit) {
       constexpr int kUnit = unit.value;
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(P::kThreads, kTogether<P>)
           if (image.std && (j == 0 || image.channel_inside)) {
             factor = Normal(image, image.channel(k + i + j)).factor;
           }
-          values[j] = shared.sums(row)[column + i + j] * factor;
+          values[j] = sums[i + j] * factor;
         }
         write(to + image.element(k + i), values, kUnit, true);
       }
