@@ -282,11 +282,11 @@ def test_manners():
 
 
 def test_autocast():
-    model, image = tiny(topk=4), torch.rand(2, 1, 8, 8)
+    model, image = tiny(), torch.rand(2, 1, 8, 8)  # with topk, rounding chooses other keys
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(image)
     assert logits.dtype is torch.bfloat16
-    assert relative_error(logits.float(), model(image)) < 0.05  # 8 bits, three layers
+    assert relative_error(logits.float(), model(image)) < 0.03  # 8 bits, three layers
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
