@@ -104,14 +104,14 @@ def launches() -> dict[str, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def schedule(order: Order, seed: int = 0, late: bool = False) -> Iterator[None]:
+def schedule(order: Order, seed: int = 0) -> Iterator[None]:
     """How launches are run while it lasts: see cuda_emulation/block.h."""
     set_schedule = load().pyvit_emulation_schedule
-    set_schedule(int(order), ctypes.c_uint64(seed), int(late))
+    set_schedule(int(order), ctypes.c_uint64(seed))
     try:
         yield
     finally:
-        set_schedule(int(Order.FORWARD), ctypes.c_uint64(0), 0)
+        set_schedule(int(Order.FORWARD), ctypes.c_uint64(0))
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def shared_memory(most: int) -> Iterator[None]:
 def any_schedule(name: str) -> contextlib.AbstractContextManager[None]:
     """One of the schedules, always the same one for a name."""
     seed = zlib.crc32(name.encode())
-    return schedule(Order(seed % 3), seed, bool(seed // 3 % 2))
+    return schedule(Order(seed % 3), seed)
 
 
 @contextlib.contextmanager

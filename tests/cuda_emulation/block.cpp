@@ -74,8 +74,7 @@ void Block::enter(void* self) {
   auto* block = static_cast<Block*>(self);
   (*block->function_)();
   Thread& thread = *block->threads_[block->running_];
-  for (const Copy& copy : thread.copies) perform(copy);  // a kernel's end waits for them
-  thread.copies.clear();
+  thread.copies.clear();  // a kernel's end waits for them, but nobody is there to see
   thread.state = State::returned;
   ++block->returned_;
   if (block->waiting_ > 0) {
@@ -219,7 +218,7 @@ void Block::meet(const char* what, uint32_t mask, void* operand, Combine combine
 }
 
 void Block::copy(Copy copy) {
-  if (!schedule().late) return perform(copy);
+  std::memset(copy.to, 0xff, copy.filled);
   Thread& mine = *threads_[running_];
   copy.group = mine.groups;
   mine.copies.push_back(copy);
@@ -266,9 +265,8 @@ void run_grid(const char* name, const void* kernel, Index3 grid, unsigned thread
 
 // For the tests, by ctypes.
 extern "C" __attribute__((visibility("default"))) void pyvit_emulation_schedule(int order,
-                                                                               uint64_t seed,
-                                                                               int late) {
-  emulation::schedule() = {static_cast<emulation::Schedule::Order>(order), seed, late != 0};
+                                                                               uint64_t seed) {
+  emulation::schedule() = {static_cast<emulation::Schedule::Order>(order), seed};
 }
 
 extern "C" __attribute__((visibility("default"))) void pyvit_emulation_shared_memory(

@@ -21,12 +21,10 @@ constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;
 
 // Which thread goes first: the lowest, the highest, or any (by a permutation of `seed`). Blocks
-// run one after another in the same manner. Where `late`, what is copied asynchronously arrives
-// when it is waited for, else at once: a kernel must be right both ways.
+// run one after another in the same manner.
 struct Schedule {
   enum Order : int { forward, backward, shuffled } order = forward;
   uint64_t seed = 0;
-  bool late = false;
 };
 Schedule& schedule();  // of the launches to come
 size_t& most_shared_memory();  // of a block; at first as sm_80 has, less than sm_90
@@ -35,7 +33,8 @@ struct Index3 {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// A copy between global and shared memory that a thread has asked for.
+// A copy between global and shared memory that a thread has asked for. Until it is waited for there
+// are NaN where it goes: what lay there may be overwritten at once, and what comes may be late.
 struct Copy {
   void* to;
   const void* from;

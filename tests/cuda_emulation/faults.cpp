@@ -1,7 +1,7 @@
 // Kernels with one planted fault each, and the same without it: what the emulation must see. A
 // program of its own, built by tests/test_cuda_emulation.py with AddressSanitizer:
 //
-//   faults NAME ORDER SEED LATE    prints what the kernel left in its result, or why it was stopped
+//   faults NAME ORDER SEED    prints what the kernel left in its result, or why it was stopped
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
@@ -100,6 +100,23 @@ __global__ void copies(int* result) {
   result[threadIdx.x] = numbers[(threadIdx.x + 1) % kThreads] + 1;
 }
 
+// Then other numbers into the same place: not to be asked for while the first ones are read.
+template <bool kBarrier>
+__global__ void copies_again(int* result) {
+  int* numbers = dynamic_shared<int>();
+  int sum = 0;
+  for (int round = 0; round < 2; ++round) {
+    const int from = round == 0 ? threadIdx.x : kThreads - 1 - threadIdx.x;
+    copy_async4(numbers + threadIdx.x, result + from, 4);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    sum += numbers[(threadIdx.x + 1) % kThreads];
+    if (kBarrier) __syncthreads();
+  }
+  result[threadIdx.x] = sum;
+}
+
 __global__ void misaligned_rows(int* result) {
   uint32_t r[4];
   load_matrix(r, dynamic_shared<char>() + 4);
@@ -187,6 +204,8 @@ void run(const std::string& name, int* result) {
   if (name == "half at barrier") return start(half_at_barrier);
   if (name == "copies") return start(copies<true>);
   if (name == "copies without waiting") return start(copies<false>);
+  if (name == "copies again") return start(copies_again<true>);
+  if (name == "copies again without barrier") return start(copies_again<false>);
   if (name == "misaligned rows") return start(misaligned_rows);
   if (name == "product bf16") return compare_product<bfloat16>(product<bfloat16>);
   if (name == "product f16") return compare_product<float16>(product<float16>);
@@ -197,9 +216,9 @@ void run(const std::string& name, int* result) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 5) return 2;
+  if (argc != 4) return 2;
   emulation::schedule() = {static_cast<emulation::Schedule::Order>(std::atoi(argv[2])),
-                           std::strtoull(argv[3], nullptr, 10), std::atoi(argv[4]) != 0};
+                           std::strtoull(argv[3], nullptr, 10)};
   std::vector<int> result(kThreads);
   for (int i = 0; i < kThreads; ++i) result[i] = i;
   try {
