@@ -351,7 +351,7 @@ void attention_gradients(DType dtype, bool tf32, const AttentionShape& s,
     if (s.dim <= 64 && s.value_dim <= 64) {
       run_gradients<Kind, 8>(c, heads, stream);
     } else {  // operands of fused products take registers that sums of 128 columns leave too few of
-      run_gradients<Kind, Kind::kFused ? 12 : 16>(c, heads, stream);
+      run_gradients<Kind, kIsFused<Kind> ? 12 : 16>(c, heads, stream);
     }
   });
 }

@@ -91,7 +91,7 @@ __device__ unsigned marks_of(const uint32_t (&weights)[kTiles][2], int p) {
 template <class T, int kTiles>
 __global__ void __launch_bounds__(32 * kResidentWarps, kTiles <= 26 ? 3 : 2)
     resident_kernel(ForwardCall c, ResidentTiling l) {
-  using Kind = ByHalves<T>;
+  using Kind = Halves<T>;
   constexpr int kPieces = (kTiles + kPieceTiles - 1) / kPieceTiles;
   const Quotient place(static_cast<int>(blockIdx.x), l.blocks);
   const int batch = place.quotient / c.heads, head = place.quotient % c.heads;

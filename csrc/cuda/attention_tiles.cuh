@@ -13,6 +13,7 @@
 #include "cuda/hardware.h"
 #include "cuda/topk_attention.h"
 
+#include "cuda/kinds.cuh"
 namespace pyvit::cuda::attention {
 
 constexpr unsigned kAll = 0xffffffffu;
@@ -22,38 +23,6 @@ constexpr int kPieceTiles = kPiece / 8;
 constexpr int kScratchPitch = kPiece + 4;
 constexpr int kFusedTerms = 32;  // are summed by themselves first: long sums round less
 constexpr float kLog2e = 1.4426950408889634f;
-
-// ---- how numbers are multiplied
-
-template <class T>
-struct ByHalves {  // bfloat16 or float16
-  using Element = T;
-  static constexpr bool kFused = false, kTf32 = false;
-};
-struct ByTf32 {
-  using Element = float;
-  static constexpr bool kFused = false, kTf32 = true;
-};
-struct ByFma {
-  using Element = float;
-  static constexpr bool kFused = true, kTf32 = false;
-};
-
-template <class Kind>
-__device__ void multiply_step(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (Kind::kTf32) {
-    multiply_add_tf32(d, a, b);
-  } else {
-    multiply_add<typename Kind::Element>(d, a, b);
-  }
-}
-template <class Kind, int kCount>
-__device__ void round_fragment(uint32_t (&r)[kCount]) {
-  if constexpr (Kind::kTf32) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) r[j] = to_tf32(__uint_as_float(r[j]));
-  }
-}
 
 template <class Kind>
 __device__ float exponential(float x) {
@@ -149,7 +118,7 @@ __device__ void multiply_rows(float (&sums)[kTiles][4], const typename Kind::Ele
                               int a_pitch, const typename Kind::Element* b, int b_pitch,
                               int depth) {
   const int lane = threadIdx.x % 32;
-  if constexpr (Kind::kFused) {
+  if constexpr (kIsFused<Kind>) {
     const int g = lane / 4, t = lane % 4;
     a += g * a_pitch;
     b += 2 * t * b_pitch;
@@ -247,7 +216,7 @@ __device__ void multiply_columns(float (&sums)[kTiles][4], const float (&w)[kDee
       }
     }
     __syncwarp();
-    if constexpr (Kind::kTf32) {
+    if constexpr (kIsTf32<Kind>) {
 #pragma unroll
       for (int k = 0; k < kDeep; ++k) {
         uint32_t left[4];
@@ -350,9 +319,9 @@ inline Source source_of(const HeadRows& rows, int element_bytes) {
 // f(Kind{}) with what multiplies the elements of a dtype.
 template <class F>
 void dispatch_kind(DType dtype, bool tf32, const F& f) {
-  if (dtype == DType::f32) return tf32 ? f(ByTf32{}) : f(ByFma{});
+  if (dtype == DType::f32) return tf32 ? f(Tf32{}) : f(Fused{});
   dispatch(dtype, [&](auto element) {
-    if constexpr (sizeof(element) == 2) f(ByHalves<decltype(element)>{});
+    if constexpr (sizeof(element) == 2) f(Halves<decltype(element)>{});
   });
 }
 

@@ -10,30 +10,9 @@
 // does not depend on its neighbours.
 #pragma once
 
-#include "cuda/hardware.h"
+#include "cuda/kinds.cuh"
 
 namespace pyvit::cuda {
-
-// ---- how numbers are multiplied
-
-template <class T>
-struct Halves {  // bfloat16 or float16
-  using Element = T;
-};
-struct Tf32 {
-  using Element = float;
-};
-struct Fused {
-  using Element = float;
-};
-template <class Kind>
-constexpr bool kIsFused = false;
-template <>
-inline constexpr bool kIsFused<Fused> = true;
-template <class Kind>
-constexpr bool kIsTf32 = false;
-template <>
-inline constexpr bool kIsTf32<Tf32> = true;
 
 // ---- a slab of an operand
 
@@ -66,14 +45,6 @@ struct Slab {
 // ---- fragments of mma
 
 constexpr int kStepBytes = 32;  // of terms in one mma: 16 elements of 16 bits, or 8 of 32
-
-template <class Kind>
-__device__ void round_fragment(uint32_t (&r)[4]) {
-  if constexpr (kIsTf32<Kind>) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) r[j] = to_tf32(__uint_as_float(r[j]));
-  }
-}
 
 // Rows first … first + 15 of a, of the step's terms.
 template <class Kind, class S>
@@ -111,15 +82,6 @@ __device__ void load_b(uint32_t (&r)[4], const S& slab, int first, int step) {
     }
   }
   round_fragment<Kind>(r);
-}
-
-template <class Kind>
-__device__ void multiply_step(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (kIsTf32<Kind>) {
-    multiply_add_tf32(d, a, b);
-  } else {
-    multiply_add<typename Kind::Element>(d, a, b);
-  }
 }
 
 // ---- the sums of a block

@@ -2,11 +2,12 @@
 //
 // - resident (attention_resident.cuh): up to 256 keys of 16 bits, as vision transformers have them.
 //   A warp's scores never leave its registers.
-// - kept (attention_forward.cuh): scores are made once and kept in shared memory, each by the lane
-//   that made it, so that rounds of the cut load 16 bytes a lane with no conflict and no barrier.
+// - kept (attention_scores.cuh, attention_forward.cuh): scores are made once and kept in shared
+//   memory, each by the lane that made it, so that rounds of the cut load 16 bytes a lane with no
+//   conflict and no barrier.
 // - candidates (attention_candidates.cuh): few chosen keys among more than that. Scores are made
 //   once, and those above a rising threshold go to lists in shared memory.
-// - again (attention_forward.cuh): many chosen keys among many. Scores are made anew in each round.
+// - again (the same): many chosen keys among many. Scores are made anew in each round.
 //
 // In all of them a warp has sixteen queries, and scores have the layout of mma's results: four
 // lanes share a row, so that its counts meet by two shuffles (and, where warps share rows, once in
