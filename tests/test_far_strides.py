@@ -9,7 +9,7 @@ import pytest
 import torch
 from backends import ON_PROCESSOR
 
-from pyvit.ops import conv2d, linear, patch_embed, unfold
+from pyvit.ops import conv2d, linear, patch_embed, topk_attention, unfold
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -89,3 +89,17 @@ def test_patch_embed(apart, axis, dtype):
 def test_unfold(apart, axis):
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(unfold(apart(x, axis), 2), unfold(x, 2))
+
+
+@pytest.mark.interpreted(axis=[0, 1])  # rows of a tile must lie within 2^31 elements there
+@pytest.mark.parametrize("axis", range(3))
+def test_topk_attention(apart, axis):
+    near = [torch.randn(3, 3, 3, 8).requires_grad_() for _ in range(3)]
+    far = [apart(t.detach(), axis).requires_grad_() for t in near]
+    grad = torch.randn(3, 3, 3, 8)
+    for topk in (2, 3):
+        outs = topk_attention(*near, topk), topk_attention(*far, topk)
+        torch.testing.assert_close(*outs)
+        ones = torch.autograd.grad(outs[0], near, grad)
+        others = torch.autograd.grad(outs[1], far, apart(grad, axis))
+        torch.testing.assert_close(others, ones)

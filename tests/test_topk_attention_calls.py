@@ -19,10 +19,13 @@ pytestmark = pytest.mark.usefixtures("poisoned_allocations")
 # ---- memory: strides, what is kept, what is needed --------------------------------------------
 
 
+@pytest.mark.interpreted(topk=[9], dtype=[torch.bfloat16])
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("topk", [9, 33])
-def test_strided_inputs(topk):
-    packed = torch.randn(2, 33, 3, 4, 40)
-    big = torch.randn(4, 6, 70, 90)
+def test_strided_inputs(topk, dtype):
+    packed = torch.randn(2, 33, 3, 4, 40).to(dtype)
+    big = torch.randn(4, 6, 70, 90).to(dtype)
     views = {
         "packed projection": packed.permute(2, 0, 3, 1, 4).unbind(0),
         "slices": (big[:2, 1:5, 3:36, 7:47], big[2:, :4, :33, 5:45], big[1:3, 2:, 20:53, 50:]),
@@ -43,12 +46,12 @@ def test_strided_inputs(topk):
     }
     for name, arguments in views.items():
         plain = [a.contiguous() for a in arguments]
-        grad = torch.randn(2, 4, 33, arguments[2].shape[3])
+        grad = torch.randn(2, 4, 33, arguments[2].shape[3]).to(dtype)
         expected = with_gradients(topk_attention, plain, (grad,), topk=topk)
         for g in (grad, grad.transpose(1, 2).contiguous().transpose(1, 2), grad.mT.contiguous().mT):
             ours = with_gradients(topk_attention, arguments, (g,), topk=topk)
             assert all(torch.equal(a, b) for a, b in zip(ours, expected)), name
-    expanded = torch.randn(1, 1, 1, 1).expand(2, 4, 33, 9)
+    expanded = torch.randn(1, 1, 1, 1).to(dtype).expand(2, 4, 33, 9)
     (q, k, v) = (a.contiguous() for a in views["every other row"])
     ours = with_gradients(topk_attention, (q, k, v), (expanded,), topk=topk)
     expected = with_gradients(topk_attention, (q, k, v), (expanded.contiguous(),), topk=topk)
@@ -188,6 +191,7 @@ def test_no_function_without_gradients():
         assert topk_attention(q.requires_grad_(), k, v, 5).grad_fn is None
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("batch,queries", [(0, 5), (2, 0)])
 @pytest.mark.parametrize("topk", [3, 17])
 @pytest.mark.parametrize("strided", [False, True])

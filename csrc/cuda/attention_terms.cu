@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(32 * kGradientWarps, 1)
 void attention_terms(DType dtype, bool tf32, const AttentionShape& s, HeadRows q, HeadRows k,
                      HeadRows v, HeadRows grad, const DenseTerms& terms, void* stream) {
   using namespace attention;
+  if (s.batch * s.heads * s.queries == 0) return;
   dispatch_kind(dtype, tf32, [&](auto kind) {
     using Kind = decltype(kind);
     constexpr int kSize = sizeof(typename Kind::Element);
