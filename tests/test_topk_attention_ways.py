@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from attention_truth import assert_selects_largest, own_selection, tensors, with_gradients
-from backends import INTERPRETED
+from backends import EMULATED, INTERPRETED
 
-from pyvit.ops import topk_attention
+from pyvit.ops import attention_with_penalty, topk_attention
 from pyvit.reference import topk_attention as reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_allocations")
@@ -114,3 +114,43 @@ def test_what_is_saved(keys, backend):
         kept = scores.masked_fill(~own_selection(q, k, v, topk, 0.2), -math.inf)
         torch.testing.assert_close(softmax[..., 0], top)
         torch.testing.assert_close(softmax[..., 1], (kept - top.unsqueeze(-1)).exp().sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("most", [99 << 10, 227 << 10], ids=["sm_86", "sm_90"])
+def test_other_gpus_shared_memory(most, dtype, backend):
+    """Calls whose tiles exceed 99 KB, or come near: another way is taken then, and works."""
+    if backend != EMULATED:
+        pytest.skip("a GPU has what it has")
+    from cuda_emulator import shared_memory
+
+    wider = 256 if dtype is torch.bfloat16 else 240
+    for keys, dim, value_dim in [(197, 128, 128), (256, 80, 80), (700, 64, 64), (90, 256, wider)]:
+        q, k, v = tensors((1, 1, 18, keys, dim, value_dim), dtype)
+        grad = torch.randn(1, 1, 18, value_dim).to(dtype)
+        for function in (topk_attention, attention_with_penalty):
+            grads = (grad, torch.randn(1, 1, 18), torch.randn(1, 1, 18))
+            grads = grads[: 1 if function is topk_attention else 3]
+            for topk in (9, keys):
+                wanted = with_gradients(function, (q, k, v), grads, topk=topk)
+                with shared_memory(most):
+                    selection = own_selection(q, k, v, topk)
+                    results = with_gradients(function, (q, k, v), grads, topk=topk)
+                assert torch.equal(selection, own_selection(q, k, v, topk))
+                for ours, others in zip(results, wanted, strict=True):
+                    bound = 4 * torch.finfo(dtype).eps * max(float(others.abs().max()), 0.1)
+                    assert float((ours - others).abs().max()) <= bound, (keys, topk)
+                if most > 163 << 10:  # the same way
+                    assert all(torch.equal(*pair) for pair in zip(results, wanted))
+
+
+def test_what_no_tile_holds_is_told(backend):
+    """Float32 gradients where both head dimensions exceed 240, in 99 KB."""
+    if backend != EMULATED:
+        pytest.skip("a GPU has what it has")
+    from cuda_emulator import shared_memory
+
+    arguments = tensors((1, 1, 2, 3, 256, 256))
+    message = "no head dimensions of 256 and 256 on this GPU, .*'triton'"
+    with shared_memory(99 << 10), pytest.raises(RuntimeError, match=message):
+        with_gradients(topk_attention, arguments, (torch.randn(1, 1, 2, 256),), topk=2)

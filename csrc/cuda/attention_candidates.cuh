@@ -293,7 +293,8 @@ __global__ void __launch_bounds__(32 * kCandidateWarps, 2)
 
 // Whether it was launched: lists of many keys leave no room.
 template <class Kind>
-bool candidates(const char* name, const ForwardCall& c, int64_t heads, void* stream) {
+bool candidates(const char* name, const ForwardCall& c, int64_t heads, int most_bytes,
+                void* stream) {
   constexpr int kSize = sizeof(typename Kind::Element);
   struct Choice {
     int warps, tile, stages;
@@ -314,7 +315,7 @@ bool candidates(const char* name, const ForwardCall& c, int64_t heads, void* str
     l.map_bytes = l.stages * l.stage_bytes / l.warps / 128 * 128;
     l.lists_at = l.stages_at + l.stages * l.stage_bytes;
     const int64_t bytes = l.lists_at + int64_t{l.warps} * kRows * l.capacity * 8;
-    if (bytes > kSharedBytes) continue;
+    if (bytes > most_bytes) continue;
     l.bytes = static_cast<int>(bytes);
     launch(name, candidate_kernel<Kind>, heads * l.blocks.by, 32 * l.warps, l.bytes, stream, c, l);
     return true;

@@ -262,6 +262,7 @@ bool forward_kept(const char* name, const ForwardCall& c, int64_t heads, int mos
                   void* stream) {
   for (const Choice& choice : {Choice{4, 1, 64, 2}, Choice{2, 4, 128, 2}, Choice{2, 4, 128, 1},
                                Choice{1, 4, 128, 2}, Choice{1, 8, 256, 1}}) {
+    if (int64_t{choice.row_groups} * kRows * c.keys * 4 > most_bytes) continue;  // else past an int
     const ForwardTiling l = tiling<Kind>(c, false, choice.row_groups, choice.key_groups,
                                          choice.tile, choice.stages);
     if (l.bytes > most_bytes) continue;
@@ -273,13 +274,14 @@ bool forward_kept(const char* name, const ForwardCall& c, int64_t heads, int mos
 
 // They are made again for each round of the cut.
 template <class Kind, bool kPenalty>
-void forward_again(const char* name, const ForwardCall& c, int64_t heads, void* stream) {
+void forward_again(const char* name, const ForwardCall& c, int64_t heads, int most_bytes,
+                   void* stream) {
   for (const int row_groups : {8, 4, 2, 1}) {
     for (const Choice& choice : {Choice{row_groups, 1, 64, 2}, Choice{row_groups, 1, 32, 2},
                                  Choice{row_groups, 1, 32, 1}}) {
       const ForwardTiling l =
           tiling<Kind>(c, true, choice.row_groups, 1, choice.tile, choice.stages);
-      if (l.bytes > kSharedBytes) continue;
+      if (l.bytes > most_bytes) continue;
       return run_forward<Kind, true, kPenalty>(name, c, heads, l, stream);
     }
   }

@@ -100,6 +100,7 @@ template <class Kind>
 GradientTiling gradient_tiling(const char* name, const GradientCall& c, int own, int others,
                                int columns) {
   constexpr int kSize = sizeof(typename Kind::Element);
+  const int most_bytes = most_bytes_of_block();
   struct Choice {
     int groups, step, stages;
   };
@@ -125,12 +126,13 @@ GradientTiling gradient_tiling(const char* name, const GradientCall& c, int own,
     l.scratch_at = l.stages_at + l.stages * l.stage_bytes;
     l.flags_at = l.scratch_at + (kSize == 4 ? l.groups * kRows * kScratchPitch * 4 : 0);
     l.bytes = l.flags_at + (l.tiles + 15) / 16 * 16;
-    if (l.bytes <= kSharedBytes) return l;
+    if (l.bytes <= most_bytes) return l;
   }
   throw std::runtime_error(std::string("pyvit.") + name +
                            ": the CUDA C++ kernels take no head dimensions of " +
                            std::to_string(c.dim) + " and " + std::to_string(c.value_dim) +
-                           "; ask for backend 'triton'");
+                           " on this GPU, or not so many keys or queries; ask for backend "
+                           "'triton'");
 }
 
 }  // namespace pyvit::cuda::attention

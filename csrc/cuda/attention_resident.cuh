@@ -235,7 +235,8 @@ __global__ void __launch_bounds__(32 * kResidentWarps, kTiles <= 26 ? 3 : 2)
 
 // Whether it was launched: some head dimensions leave no room for all keys and values.
 template <class T, int kTiles>
-bool resident(const char* name, const ForwardCall& c, int64_t heads, void* stream) {
+bool resident(const char* name, const ForwardCall& c, int64_t heads, int most_bytes,
+              void* stream) {
   ResidentTiling l{};
   const int groups = (c.queries + kRows - 1) / kRows;
   const int blocks = (groups + kResidentWarps - 1) / kResidentWarps;
@@ -249,7 +250,7 @@ bool resident(const char* name, const ForwardCall& c, int64_t heads, void* strea
   l.values_at = l.keys_at + 8 * kTiles * l.pitch * 2;
   l.flags_at = l.values_at + 8 * kTiles * l.value_pitch * 2;
   l.bytes = l.flags_at + (kTiles + kPieceTiles) * 8 * 4;
-  if (l.bytes > kSharedBytes) return false;
+  if (l.bytes > most_bytes) return false;
   launch(name, resident_kernel<T, kTiles>, heads * l.blocks.by, 32 * l.warps, l.bytes, stream, c,
          l);
   return true;

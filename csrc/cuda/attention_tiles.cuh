@@ -8,12 +8,14 @@
 // shared memory are an odd number of 16-byte chunks apart, so that no bank is met twice.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/divide.h"
 #include "cuda/dtypes.h"
 #include "cuda/hardware.h"
+#include "cuda/kinds.cuh"
 #include "cuda/topk_attention.h"
 
-#include "cuda/kinds.cuh"
 namespace pyvit::cuda::attention {
 
 constexpr unsigned kAll = 0xffffffffu;
@@ -308,7 +310,11 @@ struct Union {
 
 // ---- launches
 
-constexpr int kSharedBytes = 160 * 1024;  // of a block, of 163 KB that the smaller GPUs have
+// What a block may take of shared memory. The way of a call is chosen by it: not beyond 160 KB, so
+// that it is the same on sm_80 and sm_90; sm_86 and sm_89 have 99 KB.
+inline int most_bytes_of_block() {
+  return static_cast<int>(std::min<size_t>(most_shared_memory(), 160 * 1024));
+}
 
 inline Source source_of(const HeadRows& rows, int element_bytes) {
   bool vectors = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;

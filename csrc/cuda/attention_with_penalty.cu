@@ -15,8 +15,9 @@ void attention_with_penalty(DType dtype, bool tf32, const AttentionShape& shape,
     const attention::ForwardCall call =
         attention::forward_call<Kind>(shape, topk, q, k, v, out, saved);
     const int64_t heads = shape.batch * shape.heads;
-    if (!attention::forward_kept<Kind, true>(kName, call, heads, attention::kSharedBytes, stream)) {
-      attention::forward_again<Kind, true>(kName, call, heads, stream);
+    const int most_bytes = attention::most_bytes_of_block();
+    if (!attention::forward_kept<Kind, true>(kName, call, heads, most_bytes, stream)) {
+      attention::forward_again<Kind, true>(kName, call, heads, most_bytes, stream);
     }
   });
 }

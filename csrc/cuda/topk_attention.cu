@@ -54,21 +54,22 @@ void topk_attention(DType dtype, bool tf32, const AttentionShape& shape, int64_t
     const attention::ForwardCall call =
         attention::forward_call<Kind>(shape, topk, q, k, v, out, saved);
     const int64_t heads = shape.batch * shape.heads;
+    const int most_bytes = attention::most_bytes_of_block();
     if constexpr (sizeof(typename Kind::Element) == 2) {
       using T = typename Kind::Element;
       const auto fits = [&](int tiles) { return call.keys <= 8 * tiles; };
-      if (fits(16) && attention::resident<T, 16>(kName, call, heads, stream)) return;
-      if (fits(26) && attention::resident<T, 26>(kName, call, heads, stream)) return;
-      if (fits(32) && attention::resident<T, 32>(kName, call, heads, stream)) return;
+      if (fits(16) && attention::resident<T, 16>(kName, call, heads, most_bytes, stream)) return;
+      if (fits(26) && attention::resident<T, 26>(kName, call, heads, most_bytes, stream)) return;
+      if (fits(32) && attention::resident<T, 32>(kName, call, heads, most_bytes, stream)) return;
     }
     // Two blocks of a third of the larger GPUs' shared memory each hide each other's waiting.
-    const auto kept = [&](int most_bytes) {
-      return attention::forward_kept<Kind, false>(kName, call, heads, most_bytes, stream);
+    const auto kept = [&](int bytes) {
+      return attention::forward_kept<Kind, false>(kName, call, heads, bytes, stream);
     };
-    if (kept(attention::kSharedBytes * 2 / 3)) return;
-    if (call.selects && attention::candidates<Kind>(kName, call, heads, stream)) return;
-    if (kept(attention::kSharedBytes)) return;
-    attention::forward_again<Kind, false>(kName, call, heads, stream);
+    if (kept(most_bytes * 2 / 3)) return;
+    if (call.selects && attention::candidates<Kind>(kName, call, heads, most_bytes, stream)) return;
+    if (kept(most_bytes)) return;
+    attention::forward_again<Kind, false>(kName, call, heads, most_bytes, stream);
   });
 }
 
