@@ -23,33 +23,22 @@ struct Forward : Scores<Kind, kAgain> {
   using Base = Scores<Kind, kAgain>;
   using E = typename Kind::Element;
   using Base::c, Base::l, Base::memory, Base::v, Base::lane, Base::g, Base::t;
-  using Base::row_group, Base::key_group, Base::row, Base::first, Base::rows;
+  using Base::row_group, Base::key_group, Base::head, Base::row, Base::first, Base::rows;
   using Base::values_at, Base::scratch, Base::flags, Base::own_pieces;
   using Base::make_scores, Base::mask_end, Base::recall, Base::find_ranges, Base::together;
-  using Base::any;
+  using Base::any, Base::keep, Base::kept_pieces;
 
-  // A piece of weights times its values, `extremes`: those that are not finite, which clean_values
-  // has replaced by zeros, are added to the rows that kept their keys alone.
-  __device__ void multiply_values(float (&result)[kValueTiles][4],
-                                  const float (&weights)[kPieceTiles][4],
-                                  const unsigned (&marks)[kPieceTiles], const E* values, int piece,
-                                  int key, int column, bool extremes) const {
-    const int tiles = min(kValueTiles, (padded(c.value_dim) - column) / 8);
-    multiply_columns<Kind>(result, weights, scratch(), values + piece * kPiece * l.value_pitch,
-                           l.value_pitch, tiles);
-    if (!extremes) return;
-    unsigned packed = 0;
+  // ---- weights
+
+  // A piece of scores becomes weights. Where `counts`, what is found of rows is added up and stored.
+  __device__ void weigh(float (&piece)[kPieceTiles][4], int key, Weigher<Kind, kPenalty>& weigher,
+                        Total (&totals)[2][3], bool counts) const {
+    unsigned marks = 0;
 #pragma unroll
-    for (int i = 0; i < kPieceTiles; ++i) packed |= marks[i] << (4 * i);
-    add_extremes(result, packed, flags() + piece * kPiece, v + key * c.v.stride[2],
-                 c.v.stride[2], column, c.value_dim);
-  }
-  __device__ void clean_values(E* values) const {
-    clean(values, l.value_pitch, l.tile, l.value_width, flags());
-  }
-
-  // What the weigher has found of a piece.
-  __device__ static void add_sums(Total (&totals)[2][3], Weigher<Kind, kPenalty>& weigher) {
+    for (int i = 0; i < kPieceTiles; ++i) {
+      marks |= weigher.weigh(piece[i], key + 8 * i + 2 * t, counts) << (4 * i);
+    }
+    if (!counts) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const RowSums& sums = weigher.sums[r];
@@ -60,34 +49,78 @@ struct Forward : Scores<Kind, kAgain> {
       }
       weigher.sums[r] = RowSums{};
     }
+    if (c.saved.selection != nullptr) {
+      weigher.store_bits(marks, key, c.wanted, row(), rows, c.keys, c.saved.selection);
+    }
   }
 
-  // The results of kValueTiles tiles of columns. In the first ones' pass all that is known of rows
-  // is found, too.
+  // Weights take the place of the scores that are kept.
+  __device__ void weigh_kept(Weigher<Kind, kPenalty>& weigher, Total (&totals)[2][3]) const {
+    kept_pieces([&](int key, int own) {
+      float piece[kPieceTiles][4];
+      recall(piece, own);
+      weigh(piece, key, weigher, totals, true);
+      keep(piece, own);
+    });
+  }
+
+  // What all warps of a row have found together; the sum is NaN where the row is.
+  __device__ void put_together(const Total (&totals)[2][3],
+                               Weigher<Kind, kPenalty>& weigher) const {
+    RowSums(&sums)[2] = weigher.sums;
+    float sum[2] = {totals[0][0].sum, totals[1][0].sum};
+    together(sum, Sum{});
+    sums[0].sum = weigher.strange[0] ? NAN : sum[0];
+    sums[1].sum = weigher.strange[1] ? NAN : sum[1];
+    if (!kPenalty) return;
+    float squares[2] = {totals[0][1].sum, totals[1][1].sum};
+    float tail[2] = {totals[0][2].sum, totals[1][2].sum};
+    together(squares, Sum{});
+    together(tail, Sum{});
+    sums[0].squares = squares[0], sums[1].squares = squares[1];
+    sums[0].tail = tail[0], sums[1].tail = tail[1];
+  }
+
+  // ---- sums of values
+
+  // A piece of weights times its values, `extremes`: those that are not finite, which clean() has
+  // replaced by zeros, are added to the rows that kept their keys alone: weights of others are -0.
+  __device__ void multiply_values(float (&result)[kValueTiles][4],
+                                  const float (&weights)[kPieceTiles][4], const E* values,
+                                  int piece, int key, int column, bool extremes) const {
+    const int tiles = min(kValueTiles, (padded(c.value_dim) - column) / 8);
+    unsigned marks = 0;  // before the products: weights take registers
+#pragma unroll
+    for (int i = 0; i < kPieceTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (extremes) marks |= (~__float_as_uint(weights[i][e]) >> 31) << (4 * i + e);
+      }
+    }
+    multiply_columns<Kind>(result, weights, scratch(), values + piece * kPiece * l.value_pitch,
+                           l.value_pitch, tiles);
+    if (!extremes) return;
+    add_extremes(result, marks, flags() + piece * kPiece, v + key * c.v.stride[2], c.v.stride[2],
+                 column, c.value_dim);
+  }
+
+  // The results of kValueTiles tiles of columns.
   __device__ void sum_values(float (&result)[kValueTiles][4], Weigher<Kind, kPenalty>& weigher,
-                             Total (&totals)[2][3], int column, bool counts, bool extremes) {
+                             Total (&totals)[2][3], int column, bool counts, bool extremes) const {
     clear(result);
     this->template pieces<kAgain, true>(column, [&](int tile, int stage) {
       E* values = values_at(stage, kAgain);
-      if (extremes) clean_values(values);
+      if (extremes) clean(values, l.value_pitch, l.tile, l.value_width, flags());
       own_pieces(tile, [&](int piece, int key, int own) {
         float weights[kPieceTiles][4];
-        unsigned marks[kPieceTiles];
         if constexpr (kAgain) {
           make_scores(weights, stage, piece);
           mask_end(weights, key);
+          weigh(weights, key, weigher, totals, counts);
         } else {
           recall(weights, own);
         }
-#pragma unroll
-        for (int i = 0; i < kPieceTiles; ++i) {
-          marks[i] = weigher.weigh(weights[i], key + 8 * i + 2 * t, counts);
-        }
-        if (counts) add_sums(totals, weigher);
-        if (counts && c.saved.selection != nullptr) {
-          weigher.store_bits(marks, key, c.wanted, row, rows, c.keys, c.saved.selection);
-        }
-        multiply_values(result, weights, marks, values, piece, key, column, extremes);
+        multiply_values(result, weights, values, piece, key, column, extremes);
       });
     });
   }
@@ -104,7 +137,6 @@ struct Forward : Scores<Kind, kAgain> {
                                                              result[i][2], result[i][3]};
     }
     __syncthreads();
-    const int64_t head = row / c.queries;
     E* out = static_cast<E*>(c.out) + head / c.heads * c.out_stride[0] +
              head % c.heads * c.out_stride[1] + first * c.out_stride[2];
     bool spoilt = false;
@@ -118,8 +150,8 @@ struct Forward : Scores<Kind, kAgain> {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (g + 8 * r >= rows) continue;
-        const float sum = weigher.strange[r] ? NAN : weigher.sums[r].sum;
-        spoilt |= !weigher.strange[r] && (pairs[r][0] != pairs[r][0] || pairs[r][1] != pairs[r][1]);
+        const float sum = weigher.sums[r].sum;
+        spoilt |= sum == sum && (pairs[r][0] != pairs[r][0] || pairs[r][1] != pairs[r][1]);
         store_pair(out + (g + 8 * r) * c.out_stride[2], column + 8 * i + 2 * t, c.value_dim,
                    c.value_dim % 2 == 0, pairs[r][0] / sum, pairs[r][1] / sum);
       }
@@ -134,9 +166,9 @@ struct Forward : Scores<Kind, kAgain> {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (g + 8 * r >= rows) continue;
-      const int64_t at = row + g + 8 * r;
+      const int64_t at = row() + g + 8 * r;
       const RowSums& sums = weigher.sums[r];
-      const float sum = weigher.strange[r] ? NAN : sums.sum;
+      const float sum = sums.sum;
       if (saved.softmax != nullptr) {
         saved.softmax[2 * at] = weigher.top[r];
         saved.softmax[2 * at + 1] = sum;
@@ -160,38 +192,33 @@ struct Forward : Scores<Kind, kAgain> {
       weigher.cut[r] = {-INFINITY, c.keys - 1};
     }
     if (c.selects) cut_rows(*this, range, c.keys, c.wanted, c.place, weigher.cut);
+    Total totals[2][3];
+    if constexpr (!kAgain) {
+      weigh_kept(weigher, totals);
+      put_together(totals, weigher);
+      save_rows(weigher);
+    }
+    bool extremes = false;
 #pragma unroll 1
-    for (int column = 0; column < c.value_dim; column += 8 * kValueTiles) {
-      const bool first_time = column == 0;
+    for (int column = 0; column < c.value_dim;) {
+      const bool counts = kAgain && column == 0 && !extremes;
       float result[kValueTiles][4];
-      Total totals[2][3];
-      sum_values(result, weigher, totals, column, first_time, false);
-      if (first_time) {
-        RowSums(&sums)[2] = weigher.sums;
-        float sum[2] = {totals[0][0].sum, totals[1][0].sum};
-        together(sum, Sum{});
-        sums[0].sum = sum[0], sums[1].sum = sum[1];
-        if (kPenalty) {
-          float squares[2] = {totals[0][1].sum, totals[1][1].sum};
-          float tail[2] = {totals[0][2].sum, totals[1][2].sum};
-          together(squares, Sum{});
-          together(tail, Sum{});
-          sums[0].squares = squares[0], sums[1].squares = squares[1];
-          sums[0].tail = tail[0], sums[1].tail = tail[1];
-        }
+      sum_values(result, weigher, totals, column, counts, extremes);
+      if (counts) {
+        put_together(totals, weigher);
         save_rows(weigher);
       }
       const bool spoilt = store(result, weigher, column);
-      if (!kPenalty && c.selects && any(spoilt)) {
-        sum_values(result, weigher, totals, column, false, true);
-        store(result, weigher, column);
-      }
+      extremes = !kPenalty && c.selects && !extremes && any(spoilt);
+      if (!extremes) column += 8 * kValueTiles;
     }
   }
 };
 
+// Two blocks share a multiprocessor where scores are kept: what is found of rows is found before
+// sums of values take registers.
 template <class Kind, bool kAgain, bool kPenalty>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kMostThreads, kAgain ? 1 : 2)
     forward_kernel(ForwardCall c, ForwardTiling l) {
   using E = typename Kind::Element;
   const Quotient place(static_cast<int>(blockIdx.x), l.blocks);
@@ -207,8 +234,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int first = block_first + warp / l.key_groups * kRows;
   Forward<Kind, kAgain, kPenalty> forward{
       {c, l, memory, of_head(c.k), of_head(c.v), lane, lane / 4, lane % 4, warp / l.key_groups,
-       warp % l.key_groups, static_cast<int64_t>(place.quotient) * c.queries + first, first,
-       min(max(c.queries - first, 0), kRows)}};
+       warp % l.key_groups, place.quotient, first, min(max(c.queries - first, 0), kRows)}};
   forward.run();
 }
 
@@ -223,6 +249,7 @@ ForwardTiling tiling(const ForwardCall& c, bool again, int row_groups, int key_g
   l.key_groups = key_groups;
   l.tile = tile;
   l.tiles = (c.keys + tile - 1) / tile;
+  l.pieces = tile / (kPiece * key_groups);
   l.stages = l.tiles > 1 ? stages : 1;
   l.value_width = padded(min(c.value_dim, 8 * kValueTiles));
   l.pitch = pitch_of(c.dim, kSize);

@@ -168,10 +168,8 @@ __global__ void __launch_bounds__(32 * kResidentWarps, kTiles <= 26 ? 3 : 2)
     if (c.saved.selection != nullptr) {
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {
-        const unsigned packed = marks_of(weights, p);
-        const unsigned marks[kPieceTiles] = {packed & 15, packed >> 4 & 15, packed >> 8 & 15,
-                                             packed >> 12};
-        weigher.store_bits(marks, kPiece * p, c.wanted, row, rows, c.keys, c.saved.selection);
+        weigher.store_bits(marks_of(weights, p), kPiece * p, c.wanted, row, rows, c.keys,
+                           c.saved.selection);
       }
     }
     if (c.saved.softmax != nullptr && t == 0) {

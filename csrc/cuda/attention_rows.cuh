@@ -56,7 +56,7 @@ struct Weigher {
 
   // Which of a piece's keys were kept, from the lane's own marks (four bits a tile), for both rows.
   // Rows of NaN keep their first keys, so that backward passes see them.
-  __device__ void store_bits(const unsigned (&marks)[kPieceTiles], int first_key, int wanted,
+  __device__ void store_bits(unsigned marks, int first_key, int wanted,
                              int64_t row, int rows, int keys, uint8_t* selection) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int of_row = (keys + 7) / 8, byte = first_key / 8 + t;
@@ -65,7 +65,7 @@ struct Weigher {
       unsigned word = 0;
 #pragma unroll
       for (int i = 0; i < kPieceTiles; ++i) {
-        word |= ((marks[i] >> (2 * r)) & 3u) << (8 * i + 2 * t);
+        word |= ((marks >> (4 * i + 2 * r)) & 3u) << (8 * i + 2 * t);
       }
       word = across_quad(word, Union{});
       if (strange[r]) {

@@ -14,13 +14,12 @@ constexpr int kMostThreads = 256;
 struct ForwardTiling {
   int row_groups, key_groups;
   int tile, tiles;  // keys, a multiple of 32 · key_groups
+  int pieces;       // of a tile, for each warp
   int stages;
   int pitch, value_pitch, value_width;  // values are multiplied kValueTiles tiles at a time
   Divisor blocks, chunks, value_chunks;
   int values_at, stage_bytes;  // in a stage
   int stages_at, scores_at, scratch_at, exchange_at, flags_at, bytes;
-
-  __host__ __device__ int pieces() const { return tile / (kPiece * key_groups); }
 };
 
 // What a warp does with scores. With `kAgain` they are made anew each time, else each is kept by
@@ -34,8 +33,11 @@ struct Scores {
   char* memory;
   const E *k, *v;
   int lane, g, t, row_group, key_group;
-  int64_t row;      // of the warp's first query among those of all heads
+  int head;         // among those of all images
   int first, rows;  // the warp's first query, and how many it has
+
+  // Of the warp's first query among those of all heads.
+  __device__ int64_t row() const { return static_cast<int64_t>(head) * c.queries + first; }
 
   __device__ E* stage_at(int stage) const {
     return reinterpret_cast<E*>(memory + l.stages_at + stage * l.stage_bytes);
@@ -46,7 +48,7 @@ struct Scores {
   }
   __device__ float4* own_scores() const {
     return reinterpret_cast<float4*>(memory + l.scores_at) +
-           (threadIdx.x / 32) * (l.tiles * l.pieces() * kPieceTiles * 32) + lane;
+           (threadIdx.x / 32) * (l.tiles * l.pieces * kPieceTiles * 32) + lane;
   }
   __device__ float* scratch() const {
     return reinterpret_cast<float*>(memory + l.scratch_at) +
@@ -58,7 +60,7 @@ struct Scores {
 
   // use(stage, piece in the tile, first key, number among the warp's own) for the warp's pieces.
   template <bool kKeys, bool kValues, class Use>
-  __device__ void pieces(int column, const Use& use) {
+  __device__ void pieces(int column, const Use& use) const {
     stream(
         l.tiles, l.stages, [](int tile) { return tile + 1; },
         [&](int tile, int stage) {
@@ -77,9 +79,17 @@ struct Scores {
   template <class Use>
   __device__ void own_pieces(int tile, const Use& use) const {
 #pragma unroll 1
-    for (int p = 0; p < l.pieces(); ++p) {
+    for (int p = 0; p < l.pieces; ++p) {
       const int piece = p * l.key_groups + key_group, key = tile * l.tile + piece * kPiece;
-      if (key < c.keys && rows > 0) use(piece, key, tile * l.pieces() + p);
+      if (key < c.keys && rows > 0) use(piece, key, tile * l.pieces + p);
+    }
+  }
+  // use(first key, number among the warp's own) for all pieces whose scores the warp keeps.
+  template <class Use>
+  __device__ void kept_pieces(const Use& use) const {
+#pragma unroll 1
+    for (int tile = 0; tile < l.tiles; ++tile) {
+      own_pieces(tile, [&](int, int key, int own) { use(key, own); });
     }
   }
   __device__ void make_scores(float (&scores)[kPieceTiles][4], int stage, int piece) const {
@@ -128,7 +138,7 @@ struct Scores {
   // For cut_rows. Threads of the whole block count in step.
   __device__ bool any(bool x) const { return __syncthreads_or(x) != 0; }
   template <class F>
-  __device__ void count(int (&count)[2], const F& holds) {
+  __device__ void count(int (&count)[2], const F& holds) const {
     count[0] = count[1] = 0;
     const auto in_piece = [&](const float (&scores)[kPieceTiles][4], int key) {
 #pragma unroll
@@ -149,14 +159,11 @@ struct Scores {
         });
       });
     } else {
-#pragma unroll 1
-      for (int tile = 0; tile < l.tiles; ++tile) {
-        own_pieces(tile, [&](int, int key, int own) {
-          float scores[kPieceTiles][4];
-          recall(scores, own);
-          in_piece(scores, key);
-        });
-      }
+      kept_pieces([&](int key, int own) {
+        float scores[kPieceTiles][4];
+        recall(scores, own);
+        in_piece(scores, key);
+      });
     }
     together(count, Sum{});
   }
@@ -176,7 +183,7 @@ struct Scores {
   }
 
   // Scores are made (and kept, unless they are made again); each row's range.
-  __device__ void find_ranges(RowRange (&range)[2], bool (&strange)[2]) {
+  __device__ void find_ranges(RowRange (&range)[2], bool (&strange)[2]) const {
     float top[2] = {-INFINITY, -INFINITY}, bottom[2] = {INFINITY, INFINITY};
     float total[2] = {0.0f, 0.0f}, squares[2] = {0.0f, 0.0f};
     int bad[2] = {0, 0};
