@@ -153,15 +153,35 @@ __device__ inline void store_map(const Candidates& lists, const ForwardCall& c, 
   }
 }
 
-// Two neighbours, of which the second may not be there, at an even place where `aligned`.
+// Two neighbours at an even place of aligned memory.
 template <class E>
-__device__ float2 pair_at(const E* from, bool aligned, bool both) {
-  if (!aligned || !both) return {widen(from[0]), both ? widen(from[1]) : 0.0f};
+__device__ float2 pair_at(const E* from) {
   if constexpr (sizeof(E) == 2) {
     return unpack<E>(*reinterpret_cast<const uint32_t*>(from));
   } else {
     return *reinterpret_cast<const float2*>(from);
   }
+}
+
+// Σ weights[i] · value(keys[i]) of two columns. value() must not branch: many loads are on their
+// way at once, and a branch would end that.
+template <class Value>
+__device__ float2 gather(const float* weights, const int* keys, int count, const Value& value) {
+  float2 sum = {0.0f, 0.0f};
+#pragma unroll 1
+  for (int start = 0; start < count; start += kFusedTerms) {
+    float2 part = {0.0f, 0.0f};
+    const int end = min(start + kFusedTerms, count);
+#pragma unroll 16
+    for (int i = start; i < end; ++i) {
+      const float2 values = value(keys[i]);
+      part.x = fmaf(weights[i], values.x, part.x);
+      part.y = fmaf(weights[i], values.y, part.y);
+    }
+    sum.x += part.x;
+    sum.y += part.y;
+  }
+  return sum;
 }
 
 template <class Kind>
@@ -271,22 +291,19 @@ __global__ void __launch_bounds__(32 * kCandidateWarps, 2)
              static_cast<int64_t>(first + m) * c.out_stride[2];
 #pragma unroll 1
     for (int column = 2 * lane; column < c.value_dim; column += 64) {
-      const bool pair = column + 1 < c.value_dim;
-      float one = 0.0f, other = 0.0f;
-#pragma unroll 1
-      for (int start = 0; start < count; start += kFusedTerms) {
-        float part = 0.0f, other_part = 0.0f;
-        const int end = min(start + kFusedTerms, count);
-#pragma unroll 4
-        for (int i = start; i < end; ++i) {
-          const float2 values = pair_at(v + keys[i] * c.v.stride[2] + column, c.v.vectors, pair);
-          part = fmaf(weights[i], values.x, part);
-          other_part = fmaf(weights[i], values.y, other_part);
-        }
-        one += part;
-        other += other_part;
+      const E* from = v + column;
+      float2 sums;
+      if (c.v.vectors && column + 1 < c.value_dim) {
+        sums = gather(weights, keys, count,
+                      [&](int key) { return pair_at(from + key * c.v.stride[2]); });
+      } else {
+        const int next = column + 1 < c.value_dim;  // else the same again, for nothing
+        sums = gather(weights, keys, count, [&](int key) {
+          const E* one = from + key * c.v.stride[2];
+          return float2{widen(one[0]), widen(one[next])};
+        });
       }
-      store_pair(out, column, c.value_dim, even, one * inverse, other * inverse);
+      store_pair(out, column, c.value_dim, even, sums.x * inverse, sums.y * inverse);
     }
   }
 }
