@@ -18,9 +18,9 @@
 // On an H200, (64, 12, 197, 64) in bfloat16: seven products of 2 · 197² · 64 a head, 27 GFLOP, at
 // about 500 TFLOP/s of mma.sync 54 µs; it reads q, k, v, dO, out and writes three, 155 MB or 36 µs,
 // so that products are the floor. (4, 12, 4096, 64): 0.72 TFLOP, 1.5 ms. A piece of 32 keys costs a
-// warp 48 mma for dq (64 for dk and dv); 55 KB of shared memory and 160 registers a thread let
-// three blocks share a multiprocessor. float32 by FMA: 60 TFLOP/s, 0.45 ms and 12 ms. Nothing of
-// this was timed yet.
+// warp 48 mma for dq (64 for dk and dv); 55 KB of shared memory and 128 registers a thread (160)
+// let four blocks share a multiprocessor (three). float32 by FMA: 60 TFLOP/s, 0.45 ms and 12 ms.
+// Nothing of this was timed yet.
 #include "cuda/attention_gradients.cuh"
 
 namespace pyvit::cuda {
@@ -45,10 +45,30 @@ __device__ void mark_tiles(const GradientCall& c, const GradientTiling& l, int64
     if (sum == sum) continue;
     for (int j = 0; j < (kByKeys ? 1 : l.tiles); ++j) flags[kByKeys ? i / l.step : j] = 1;
   }
-  for (int i = threadIdx.x / 8; i < queries; i += blockDim.x / 8) {
-    const uint8_t* line = c.bits + (head * c.queries + first_query + i) * of_row + first_byte;
-    for (int j = threadIdx.x % 8; j < bytes; j += 8) {
-      if (line[j] != 0) flags[kByKeys ? i / l.step : j * 8 / l.step] = 1;
+  // Eight loads of a thread are on their way at once.
+  const uint8_t* bits = c.bits + (head * c.queries + first_query) * of_row + first_byte;
+  if (kByKeys) {
+    const int j = threadIdx.x % 8, by = blockDim.x / 8;  // a block has eight bytes of a row at most
+    const int end = j < bytes ? queries : 0;
+    for (int start = threadIdx.x / 8; start < end; start += 8 * by) {
+      uint8_t some[8];
+#pragma unroll
+      for (int u = 0; u < 8; ++u) {
+        const int i = start + u * by;
+        some[u] = i < end ? bits[static_cast<int64_t>(i) * of_row + j] : 0;
+      }
+#pragma unroll
+      for (int u = 0; u < 8; ++u) {
+        if (some[u] != 0) flags[(start + u * by) / l.step] = 1;
+      }
+    }
+  } else {
+    for (int i = threadIdx.x / 32; i < queries; i += blockDim.x / 32) {
+      const uint8_t* line = bits + static_cast<int64_t>(i) * of_row;
+#pragma unroll 8
+      for (int j = threadIdx.x % 32; j < bytes; j += 32) {
+        if (line[j] != 0) flags[j * 8 / l.step] = 1;
+      }
     }
   }
   __syncthreads();
@@ -97,7 +117,7 @@ __device__ inline int tiles_from(int column, int columns, int most) {
 }
 
 template <class Kind, int kTiles>
-__global__ void __launch_bounds__(32 * kGradientWarps, 1)
+__global__ void __launch_bounds__(32 * kGradientWarps, kTiles == 8 && !kIsFused<Kind> ? 4 : 1)
     queries_kernel(GradientCall c, GradientTiling l) {
   using E = typename Kind::Element;
   const GradientTiles<Kind> tiles{l, dynamic_shared<char>()};
