@@ -140,6 +140,9 @@ def _launch_forward(
         room = (grid[0] * configuration["BLOCK_M"], LISTED.value)  # 512 bytes a query
         candidates = q.new_empty(room, dtype=torch.float32)
     saves_softmax = softmax is not None and softmax.shape[-1] > 0
+    # Offsets within a tile are counted in 32 bits (64 would take registers from the scores).
+    farthest = (1 << 31) // max(configuration["BLOCK_M"], configuration["BLOCK_N"])
+    q, k, v = (x.contiguous() if x.stride(2) >= farthest else x for x in (q, k, v))
     _forward_kernel[grid](
         *(q, k, v, out, selection if saves_bits else out, softmax if saves_softmax else out),
         *((tail_energy, hoyer) if penalty else (out, out)),
