@@ -213,7 +213,7 @@ class LanesInPlace {
   // Of the pixels of a row, how many a tile may have so that what it reads of one block stays in
   // the first-level cache: the lines around it are the next block's.
   int64_t pixels_in_cache(const typename LaneTile<T>::Arguments& tile) const {
-    const int64_t bytes = plan_.channels * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes = plan_.any().source.stride[3] * static_cast<int64_t>(sizeof(T));
     const int64_t sets = std::min<int64_t>(64, kCacheStride / std::gcd(bytes, kCacheStride));
     const int64_t lines = std::max<int64_t>(1, tile.rows * tile.taps);  // of a pixel
     return std::clamp<int64_t>(sets * kCacheWays / lines, 2, LaneTile<T>::pixels);
