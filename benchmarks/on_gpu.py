@@ -146,7 +146,9 @@ def command(
 def start(arguments, output, cwd: Path = ROOT / "tests", environment=None) -> subprocess.Popen:
     before = filter(None, [os.environ.get("PYTHONPATH")])
     path = os.pathsep.join(map(str, (BUILT, ROOT / "tests", ROOT / "benchmarks", *before)))
-    variables = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
+    # Processes run side by side: threads that wait for work must not keep a core from another's.
+    threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    variables = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **threads}
     return subprocess.Popen(
         arguments,
         cwd=cwd,
